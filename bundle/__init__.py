@@ -1,0 +1,1 @@
+"""What an ONNX bundle and an engine set are: specs, schedules, manifests, hashes; numpy only."""

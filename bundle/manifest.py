@@ -1,0 +1,282 @@
+"""The manifests of a bundle and of an engine set, and the folders they describe.
+
+A bundle is what `reelrt export` writes: one ONNX graph per stage, schedules, tokenizer. An
+engine set is what `reelrt build` makes of it for one device. Knows neither ONNX nor TensorRT.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from reelrt.bundle.files import hash_folder, sha256, verify
+from reelrt.bundle.schedule import Cfg, Schedules
+from reelrt.bundle.spec import Geometry, Range, StageSpec
+from reelrt.errors import IntegrityError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+SCHEDULES = "schedules.safetensors"
+TOKENIZER = "tokenizer.json"
+MAX_STEPS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The diffusers folder that everything came from.
+
+    Attributes:
+        name: The folder's name.
+        family: `unet3d`, ...
+        sha256: Hash over the hashes of its weight and configuration files.
+        licence: SPDX name, or empty when the folder does not say.
+        weight_bytes: Size of the exported stages' weights.
+    """
+
+    name: str
+    family: str
+    sha256: str
+    licence: str = ""
+    weight_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What a bundle and the engine sets built from it share.
+
+    Attributes:
+        model: Where the weights come from.
+        geometry: The sizes no request can change.
+        cfg: How guidance is computed in the step graph.
+        solver: The model's own solver, used when a request names none.
+        guidance: The model's own guidance scale, used when a request names none.
+        pad_token: Token id that fills a prompt up; `start_token` and `end_token` enclose it.
+    """
+
+    model: Model
+    geometry: Geometry
+    cfg: Cfg
+    solver: str
+    guidance: float
+    start_token: int
+    end_token: int
+    pad_token: int
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Pipeline:
+        """The inverse of `dataclasses.asdict`."""
+        rest = {key: value for key, value in data.items() if key not in ("model", "geometry")}
+        return cls(Model(**data["model"]), Geometry(**data["geometry"]), **rest)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One exported graph.
+
+    Attributes:
+        spec: Its boundary.
+        file: ONNX file, relative to the bundle; external data stand beside it.
+        precision: `fp32` or `fp16`: the type of its weights.
+        weight_bytes: Size of its weights.
+    """
+
+    spec: StageSpec
+    file: str
+    precision: str
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One built engine.
+
+    Attributes:
+        spec: Its boundary.
+        file: Engine file, relative to the engine set.
+        precision: `fp32` or `fp16`, as the graph's types decided.
+        profile: The sizes it accepts.
+        key: Cache key: the hash of `key_fields`.
+        key_fields: Everything the engine depends on, by name.
+        weight_bytes: As the builder reports it.
+        activation_bytes: As the builder reports it, at the profile's largest sizes; 0 when the
+            backend does not say before it runs.
+        build_seconds: How long the build took.
+    """
+
+    spec: StageSpec
+    file: str
+    precision: str
+    profile: Mapping[str, Range]
+    key: str
+    key_fields: Mapping[str, str]
+    weight_bytes: int
+    activation_bytes: int
+    build_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An ONNX bundle on disk; `load` verifies it, `save` writes its manifest."""
+
+    kind: ClassVar[str] = "bundle"
+
+    folder: Path
+    pipeline: Pipeline
+    stages: Mapping[str, Stage]
+    files: Mapping[str, str] = field(default_factory=dict)
+    version: str = ""
+
+    @property
+    def sha256(self) -> str:
+        """What this bundle is: the hash of its manifest file."""
+        return sha256(self.folder / MANIFEST)
+
+    @property
+    def schedules(self) -> Schedules:
+        """The compiled schedules, read from disk."""
+        return Schedules.load(self.folder / SCHEDULES)
+
+    def save(self, version: str) -> None:
+        """Hash the folder's files and write the manifest beside them."""
+        stages = {
+            name: {
+                "spec": stage.spec.to_json(),
+                "file": stage.file,
+                "precision": stage.precision,
+                "weight_bytes": stage.weight_bytes,
+            }
+            for name, stage in self.stages.items()
+        }
+        _write(self, version, {"pipeline": asdict(self.pipeline), "stages": stages})
+
+    @classmethod
+    def load(cls, folder: Path, check: bool = True) -> Bundle:
+        """Read a bundle.
+
+        Args:
+            folder: The bundle.
+            check: Whether to verify every file's hash.
+
+        Raises:
+            IntegrityError: Not a bundle, of an unknown schema, or damaged.
+        """
+        data = _read(cls, folder, check)
+        stages = {
+            name: Stage(**{**stage, "spec": StageSpec.from_json(stage["spec"])})
+            for name, stage in data["stages"].items()
+        }
+        return cls(folder, Pipeline.from_json(data["pipeline"]), stages, data["files"], data["reelrt"])
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSet:
+    """An engine set on disk; `load` verifies it, `save` writes its manifest.
+
+    Attributes:
+        folder: Where it is.
+        bundle: SHA-256 of the manifest of the bundle it was built from.
+        pipeline: As in the bundle.
+        backend: `onnxruntime`, `tensorrt_rtx` or `tensorrt`.
+        backend_version: The library that built it.
+        target: The target's name: `host`, `rtx3060`, ...
+        compute_capability: `8.6`, say; empty for a CPU.
+        engines: Stage name to engine.
+        files: Path to hex SHA-256.
+    """
+
+    kind: ClassVar[str] = "engines"
+
+    folder: Path
+    bundle: str
+    pipeline: Pipeline
+    backend: str
+    backend_version: str
+    target: str
+    compute_capability: str
+    engines: Mapping[str, Engine]
+    files: Mapping[str, str] = field(default_factory=dict)
+    version: str = ""
+
+    @property
+    def schedules(self) -> Schedules:
+        """The compiled schedules, read from disk."""
+        return Schedules.load(self.folder / SCHEDULES)
+
+    def save(self, version: str) -> None:
+        """Hash the folder's files and write the manifest beside them."""
+        engines = {}
+        for name, engine in self.engines.items():
+            plain = {key: getattr(engine, key) for key in Engine.__slots__}
+            profile = {axis: asdict(extent) for axis, extent in engine.profile.items()}
+            engines[name] = {**plain, "spec": engine.spec.to_json(), "profile": profile}
+        head = {
+            "bundle": self.bundle,
+            "backend": self.backend,
+            "backend_version": self.backend_version,
+            "target": self.target,
+            "compute_capability": self.compute_capability,
+        }
+        _write(self, version, {**head, "pipeline": asdict(self.pipeline), "engines": engines})
+
+    @classmethod
+    def load(cls, folder: Path, check: bool = True) -> EngineSet:
+        """Read an engine set.
+
+        Args:
+            folder: The engine set.
+            check: Whether to verify every file's hash.
+
+        Raises:
+            IntegrityError: Not an engine set, of an unknown schema, or damaged.
+        """
+        data = _read(cls, folder, check)
+        engines = {}
+        for name, engine in data["engines"].items():
+            profile = {axis: Range(**extent) for axis, extent in engine["profile"].items()}
+            spec = StageSpec.from_json(engine["spec"])
+            engines[name] = Engine(**{**engine, "spec": spec, "profile": profile})
+        return cls(
+            folder=folder,
+            bundle=data["bundle"],
+            pipeline=Pipeline.from_json(data["pipeline"]),
+            backend=data["backend"],
+            backend_version=data["backend_version"],
+            target=data["target"],
+            compute_capability=data["compute_capability"],
+            engines=engines,
+            files=data["files"],
+            version=data["reelrt"],
+        )
+
+
+Folder = TypeVar("Folder", Bundle, EngineSet)
+
+
+def _write(folder: Bundle | EngineSet, version: str, body: Mapping[str, Any]) -> None:
+    head = {"schema": SCHEMA, "kind": folder.kind, "reelrt": version}
+    data = {**head, **body, "files": hash_folder(folder.folder)}
+    (folder.folder / MANIFEST).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(kind: type[Folder], folder: Path, check: bool) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        found, schema = data["kind"], data["schema"]
+    except FileNotFoundError as error:
+        hint = {"bundle": "`reelrt export`", "engines": "`reelrt build` or `make engines`"}[kind.kind]
+        raise IntegrityError(f"{folder} has no {MANIFEST}.", f"Make it with {hint}.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path} cannot be read: {error}.", "Build this folder again.") from error
+    if found != kind.kind:
+        raise IntegrityError(f"{folder} holds {found!r}, where {kind.kind!r} is needed.")
+    if schema != SCHEMA:
+        raise IntegrityError(
+            f"{path} has schema {schema}; this version of reelrt reads {SCHEMA}.", "Build this folder again."
+        )
+    if check:
+        verify(folder, data["files"])
+    return dict(data)

@@ -1,0 +1,86 @@
+"""The errors users see: one clear sentence each, and the remedy where there is one."""
+
+from __future__ import annotations
+
+
+class ReelError(Exception):
+    """Base of every error that ReelRT raises on purpose.
+
+    Args:
+        message: One sentence that names the offending value.
+        remedy: What to do about it, one sentence, or nothing.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}".strip()
+
+
+class InputError(ReelError):
+    """A request, option, prompt or file name is not acceptable."""
+
+    exit_code = 2
+
+
+class RangeError(InputError):
+    """A value lies outside what the bundle or engine set was made for.
+
+    Args:
+        name: What the value is, as the user knows it (`steps`, `width`, ...).
+        value: The value that was asked for.
+        allowed: The allowed range or choices, readable.
+    """
+
+    def __init__(self, name: str, value: object, allowed: str, remedy: str = "") -> None:
+        super().__init__(f"{name} {value} is not available: {allowed}.", remedy)
+        self.name, self.value, self.allowed = name, value, allowed
+
+
+class ModelError(ReelError):
+    """A model folder cannot be exported: unknown class, missing or damaged weights."""
+
+    exit_code = 3
+
+
+class ValidationError(ModelError):
+    """An exported stage disagrees with the model it came from.
+
+    Args:
+        what: Stage and tensor, and the shape at which they disagree.
+        measured: The difference that was measured.
+        allowed: The largest difference allowed.
+    """
+
+    def __init__(self, what: str, measured: float, allowed: float) -> None:
+        super().__init__(f"{what} differs by {measured:.2e}; at most {allowed:.2e} is allowed.")
+        self.measured, self.allowed = measured, allowed
+
+
+class IntegrityError(ReelError):
+    """A file of a bundle or an engine set is missing, unreadable or not the one in its manifest."""
+
+    exit_code = 4
+
+
+class CompatibilityError(ReelError):
+    """An engine set was built for another backend version, device or machine."""
+
+    exit_code = 5
+
+
+class BackendError(ReelError):
+    """A backend is not installed, or failed to build or run an engine."""
+
+    exit_code = 6
+
+
+class Cancelled(ReelError):
+    """The work was cancelled on request; nothing was left half-written."""
+
+    exit_code = 130
