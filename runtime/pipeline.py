@@ -1,0 +1,288 @@
+"""Text to video: from a prompt and an engine set to frames.
+
+`load` opens an engine set; `TextToVideo.generate` checks a request, drives the step loop and
+decodes. Which library runs the engines stands behind `reelrt.runtime.session`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from reelrt import __version__
+from reelrt.bundle.manifest import TOKENIZER, EngineSet
+from reelrt.errors import BackendError, Cancelled
+from reelrt.progress import Progress, silent
+from reelrt.runtime.formats import Frames
+from reelrt.runtime.loop import Request, Slot, StepLoop
+from reelrt.runtime.memory import peak_memory
+from reelrt.runtime.noise import starting_noise
+from reelrt.runtime.request import Job, Limits, plan
+from reelrt.runtime.session import Array, Float32, Sessions, open_sessions
+from reelrt.runtime.text import TextEncoder, Tokenizer
+from reelrt.runtime.video import FilePath, Video
+
+Prompts = list[str] | tuple[str, ...]  # a str is a Sequence[str] too, so that would not tell them apart
+
+
+def load(folder: FilePath, *, threads: int | None = None, check: bool = True) -> TextToVideo:
+    """Open an engine set.
+
+    Args:
+        folder: What `reelrt build` or `make engines` wrote.
+        threads: CPU threads of each engine; None takes one per physical core.
+        check: Whether to verify the SHA-256 of every file first.
+
+    Raises:
+        IntegrityError: Not an engine set, or a file of it is missing or damaged.
+        CompatibilityError: It was built for another backend version, device or machine.
+        BackendError: No session of this version runs it, or its backend cannot open it.
+    """
+    engines = EngineSet.load(Path(folder), check)
+    return TextToVideo(engines, open_sessions(engines, threads))
+
+
+class TextToVideo:
+    """A loaded text-to-video pipeline. Calls from several threads take turns.
+
+    Attributes:
+        engines: The engine set it runs.
+
+    Args:
+        engines: The engine set.
+        sessions: The same, opened.
+    """
+
+    def __init__(self, engines: EngineSet, sessions: Sessions) -> None:
+        self.engines = engines
+        self._sessions = sessions
+        self._limits = Limits(engines)
+        self._text = TextEncoder(Tokenizer(engines.folder / TOKENIZER, engines.pipeline), sessions)
+        self._loop: tuple[tuple[int, ...], StepLoop] | None = None
+        self._turn = threading.Lock()
+
+    @property
+    def solvers(self) -> tuple[str, ...]:
+        """The solvers `generate` takes, in no order of merit."""
+        return self._limits.schedules.solvers
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        steps: int = 25,
+        guidance: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        solver: str | None = None,
+        latents: Float32 | None = None,
+        progress: Progress | None = None,
+        should_cancel: Callable[[], bool] | None = None,
+    ) -> Video: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompts,
+        *,
+        negative_prompt: str = "",
+        steps: int = 25,
+        guidance: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        solver: str | None = None,
+        latents: Float32 | None = None,
+        progress: Progress | None = None,
+        should_cancel: Callable[[], bool] | None = None,
+    ) -> list[Video]: ...
+
+    def generate(
+        self,
+        prompt: str | Prompts,
+        *,
+        negative_prompt: str = "",
+        steps: int = 25,
+        guidance: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        solver: str | None = None,
+        latents: Float32 | None = None,
+        progress: Progress | None = None,
+        should_cancel: Callable[[], bool] | None = None,
+    ) -> Video | list[Video]:
+        """Make a video of each prompt.
+
+        Several prompts share the batch; when there are more than it holds, the next one takes
+        the place of the first to finish. On one backend a request gives the same bytes whatever
+        else is in the batch.
+
+        Args:
+            prompt: What to show, or several of them.
+            negative_prompt: What to steer away from.
+            steps: Number of denoising steps.
+            guidance: Classifier-free guidance scale; 1 is none. Default: the model's own.
+            seed: Of the starting noise, 0 to 2**63 - 1. Several prompts take seed, seed + 1 and
+                so on, or one each from a sequence. Default: drawn, and kept in the metadata.
+            frames: Number of frames. Default: the model's own.
+            size: (width, height) in pixels. Default: the model's own.
+            solver: One of `solvers`. Default: the model's own.
+            latents: Starting noise of unit variance instead of a seed, float32 [1, C, F, h, w] for
+                every prompt or [N, C, F, h, w] for N prompts; it sets frames and size. See
+                `starting_latents`.
+            progress: Told of the stages `text` (prompts), `denoise` (launches) and `decode`
+                (frames).
+            should_cancel: Asked between launches (`threading.Event().is_set`, say).
+
+        Returns:
+            A video for one prompt, a list in the order of the prompts for several.
+
+        Raises:
+            InputError: An empty prompt, or any value that is not possible.
+            RangeError: Steps, solver, frames or size that the engines do not take.
+            Cancelled: `should_cancel` said so. The pipeline stays usable, as after Ctrl-C.
+            BackendError: An engine failed or produced numbers that are none.
+        """
+        jobs = plan(
+            self._limits,
+            [prompt] if isinstance(prompt, str) else prompt,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            frames=frames,
+            size=size,
+            solver=solver,
+            latents=latents,
+        )
+        with self._turn:
+            videos = self._run(jobs, progress or silent, should_cancel or (lambda: False))
+        return videos[0] if isinstance(prompt, str) else videos
+
+    def starting_latents(
+        self, seed: int, *, frames: int | None = None, size: tuple[int, int] | None = None
+    ) -> Float32:
+        """The noise that `generate` starts from for a seed, float32 [1, C, F, h, w].
+
+        Raises:
+            RangeError: Frames or size that the engines do not take.
+            InputError: An impossible seed.
+        """
+        return starting_noise(seed, self._limits.latent_shape(frames, size))[None]
+
+    def decode(self, latents: Float32) -> Iterator[Frames]:
+        """Turn final latents into frames, a few at a time, so that they can be encoded meanwhile.
+
+        Args:
+            latents: float32 [1, C, F, h, w].
+
+        Yields:
+            RGB frames, uint8 [n, H, W, 3], F of them in all.
+        """
+        size = self._limits.decoder_frames
+        for begin in range(0, latents.shape[2], size):
+            part = np.ascontiguousarray(latents[:, :, begin : begin + size])
+            yield self._sessions.run("vae_decoder", {"latents": part})["frames"][0]
+
+    def _run(self, jobs: Sequence[Job], progress: Progress, should_cancel: Callable[[], bool]) -> list[Video]:
+        def checked(stage: str, done: int, total: int) -> None:
+            progress(stage, done, total)
+            if should_cancel():
+                raise Cancelled(f"cancelled during {stage}.")
+
+        requests, text_seconds, cuts = self._encode(jobs, checked)
+        denoised = self._denoise(requests, checked)
+        videos: list[Video] = []
+        total = sum(job.shape[1] for job in jobs)
+        for job, cut, (latents, denoise_seconds) in zip(jobs, cuts, denoised, strict=True):
+            began, parts = time.perf_counter(), []
+            for part in self.decode(latents[None]):
+                parts.append(part)
+                checked("decode", sum(map(len, parts)) + len(videos) * job.shape[1], total)
+            decode_seconds = time.perf_counter() - began
+            timings = {"text": text_seconds, "denoise": denoise_seconds, "decode": decode_seconds}
+            metadata = self._metadata(job, cut)
+            videos.append(Video(np.concatenate(parts), latents[None], metadata, timings, peak_memory()))
+        return videos
+
+    def _encode(self, jobs: Sequence[Job], progress: Progress) -> tuple[list[Request], float, list[str]]:
+        began, requests, cuts = time.perf_counter(), [], []
+        for done, job in enumerate(jobs):
+            progress("text", done, len(jobs))
+            (negative, _), (positive, cut) = self._text(job.negative_prompt), self._text(job.prompt)
+            requests.append(Request(job.table, np.stack([negative, positive]), job.latents))
+            cuts.append(cut)
+        progress("text", len(jobs), len(jobs))
+        return requests, time.perf_counter() - began, cuts
+
+    def _denoise(self, requests: Sequence[Request], progress: Progress) -> list[tuple[Float32, float]]:
+        """Final latents [C, F, h, w] and seconds in the batch, in the order of the requests."""
+        loop = self._open_loop(requests[0].latents.shape)
+        waiting = deque(enumerate(requests))
+        running: dict[Slot, tuple[int, float]] = {}
+        results: dict[int, tuple[Float32, float]] = {}
+        done, total = 0, sum(len(request.table) for request in requests)
+        try:
+            while waiting or running:
+                while waiting and loop.free:
+                    index, request = waiting.popleft()
+                    running[loop.admit(request)] = index, time.perf_counter()
+                progress("denoise", done, total)
+                loop.step()
+                done += len(running)
+                for slot in [slot for slot in running if slot.finished]:
+                    index, began = running.pop(slot)
+                    results[index] = _finite(loop.latents(slot)), time.perf_counter() - began
+                    loop.release(slot)
+            progress("denoise", total, total)
+        finally:
+            loop.clear()
+        return [results[index] for index in range(len(requests))]
+
+    def _open_loop(self, shape: tuple[int, ...]) -> StepLoop:
+        """The loop for a latent shape; the last one's buffers are kept."""
+        if self._loop is None or self._loop[0] != shape:
+            self._loop = None  # its buffers go before the new ones come
+            channels, frames, height, width = shape
+            self._loop = shape, StepLoop(self._sessions.open_step((channels, frames, height, width)))
+        return self._loop[1]
+
+    def _metadata(self, job: Job, cut: str) -> dict[str, Any]:
+        model = self.engines.pipeline.model
+        head = {"prompt": job.prompt, "negative_prompt": job.negative_prompt, "seed": job.seed}
+        _, frames, height, width = job.shape
+        scale = self.engines.pipeline.geometry.spatial_scale
+        return {
+            **head,
+            **({"cut": cut} if cut else {}),
+            "steps": job.steps,
+            "guidance": job.guidance,
+            "solver": job.solver,
+            "width": width * scale,
+            "height": height * scale,
+            "frames": frames,
+            "model": model.name,
+            "model_sha256": model.sha256,
+            "backend": f"{self.engines.backend} {self.engines.backend_version}",
+            "precision": self.engines.engines["step"].precision,
+            "reelrt": __version__,
+        }
+
+
+def _finite(latents: Array) -> Float32:
+    if not np.isfinite(latents).all():
+        raise BackendError(
+            "the step engine produced numbers that are not finite.",
+            "Build the engines with `--precision fp32`, or use a lower guidance scale.",
+        )
+    return latents

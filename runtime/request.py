@@ -1,0 +1,232 @@
+"""A request, checked once at the boundary and turned into what the loop and the metadata need.
+
+Knows the ranges of the engine set in the user's own units. Runs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reelrt.bundle.manifest import EngineSet
+from reelrt.errors import InputError, RangeError
+from reelrt.runtime.noise import check_seed, draw_seed, starting_noise
+from reelrt.runtime.session import Float32
+
+Shape = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """One video to make.
+
+    Attributes:
+        prompt: What to show.
+        negative_prompt: What to steer away from.
+        seed: Of its starting noise; None when the latents were given.
+        steps: Denoising steps.
+        guidance: Guidance scale.
+        solver: Solver's name.
+        shape: Of the latents: (C, F, h, w).
+        table: The schedule's rows, float32 [S, K].
+        latents: Starting latents at the schedule's scale, float32 [C, F, h, w].
+    """
+
+    prompt: str
+    negative_prompt: str
+    seed: int | None
+    steps: int
+    guidance: float
+    solver: str
+    shape: Shape
+    table: Float32
+    latents: Float32
+
+
+class Limits:
+    """What the engines of a set accept together, in pixels, frames and steps.
+
+    Args:
+        engines: The engine set.
+    """
+
+    def __init__(self, engines: EngineSet) -> None:
+        self.pipeline, self.geometry = engines.pipeline, engines.pipeline.geometry
+        self.schedules = engines.schedules
+        self._step = engines.engines["step"].profile
+        self._decoder = engines.engines["vae_decoder"].profile
+
+    @property
+    def decoder_frames(self) -> int:
+        """Latent frames per call of the decoder."""
+        return self._decoder["frames"].opt
+
+    def latent_shape(self, frames: int | None, size: tuple[int, int] | None) -> Shape:
+        """Latents' (C, F, h, w) for a number of frames and a (width, height) in pixels.
+
+        Raises:
+            InputError: Not whole numbers, or the size is no multiple of what the model needs.
+            RangeError: Outside the engines' profile.
+        """
+        geometry = self.geometry
+        frames = geometry.frames if frames is None else frames
+        width, height = (geometry.width, geometry.height) if size is None else _pair(size)
+        if not _whole(frames):
+            raise InputError(f"frames {frames!r} is not a whole number.")
+        for name, value in (("width", width), ("height", height)):
+            if not _whole(value) or value <= 0 or value % geometry.size_multiple:
+                raise InputError(f"{name} {value!r} is not a multiple of {geometry.size_multiple} pixels.")
+        self._step["frames"].check("frames", frames)
+        scale = geometry.spatial_scale
+        for profile in (self._step, self._decoder):
+            profile["width"].check("width", width // scale, scale)
+            profile["height"].check("height", height // scale, scale)
+        return geometry.latent_channels, int(frames), int(height) // scale, int(width) // scale
+
+    def table(self, solver: str, steps: int, guidance: float) -> tuple[Float32, float]:
+        """A schedule's table and the standard deviation of its starting latents.
+
+        Raises:
+            InputError: Steps or guidance are no such numbers.
+            RangeError: The solver or step count was not compiled, or the engines' table is too
+                short for it.
+        """
+        if not _whole(steps):
+            raise InputError(f"steps {steps!r} is not a whole number.")
+        if not _number(guidance) or not math.isfinite(guidance) or guidance < 0:
+            raise InputError(f"guidance {guidance!r} is not possible: give a number of 0 or more; 1 is none.")
+        schedule = self.schedules.get(solver, steps)
+        cfg, room = self.pipeline.cfg, self._step["rows"].max
+        if schedule.rows(guidance, cfg) > room:
+            most = room // 2 if cfg == "split" and guidance != 1 else room
+            raise RangeError("steps", steps, f"these engines take up to {most} at this guidance")
+        return schedule.table(guidance, cfg, self.geometry.state_rows), schedule.init_noise_sigma
+
+    def starts(self, latents: Float32, count: int) -> list[Float32]:
+        """Check given starting latents, one for each of several prompts.
+
+        Args:
+            latents: float32 [1, C, F, h, w] for all prompts, or [count, C, F, h, w].
+            count: Number of prompts.
+
+        Raises:
+            InputError: Another shape or dtype, or numbers that are not finite.
+            RangeError: A size outside the engines' profile.
+        """
+        geometry, shape = self.geometry, np.shape(latents)
+        if len(shape) != 5 or shape[0] not in (1, count) or shape[1] != geometry.latent_channels:
+            raise InputError(
+                f"latents have shape {shape}; give [1 or {count}, {geometry.latent_channels}, "
+                "frames, height, width] in latent cells."
+            )
+        latents = np.asarray(latents)
+        if latents.dtype.kind != "f" or not np.isfinite(latents).all():
+            raise InputError("latents are not all finite floating-point numbers.")
+        scale = geometry.spatial_scale
+        self.latent_shape(shape[2], (shape[4] * scale, shape[3] * scale))
+        return [latents[index % len(latents)].astype(np.float32) for index in range(count)]
+
+
+def plan(
+    limits: Limits,
+    prompts: Sequence[str],
+    *,
+    negative_prompt: str,
+    steps: int,
+    guidance: float | None,
+    seed: int | Sequence[int] | None,
+    frames: int | None,
+    size: tuple[int, int] | None,
+    solver: str | None,
+    latents: Float32 | None,
+) -> list[Job]:
+    """Check a call of `TextToVideo.generate` and make a job of each prompt.
+
+    Raises:
+        InputError: See `TextToVideo.generate`.
+        RangeError: As above.
+    """
+    if not prompts:
+        raise InputError("no prompt was given.")
+    for prompt in prompts:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError(f"the prompt {prompt!r} is empty or no text.", "Say what the video shall show.")
+    if not isinstance(negative_prompt, str):
+        raise InputError(f"the negative prompt {negative_prompt!r} is no text.")
+    solver = limits.pipeline.solver if solver is None else solver
+    guidance = limits.pipeline.guidance if guidance is None else guidance
+    table, sigma = limits.table(solver, steps, guidance)
+    seeds: Sequence[int | None]
+    if latents is None:
+        shape = limits.latent_shape(frames, size)
+        seeds = _seeds(seed, len(prompts))
+        starts = [starting_noise(each, shape) for each in seeds if each is not None]
+    else:
+        seeds, starts = [None] * len(prompts), limits.starts(latents, len(prompts))
+        shape = _same_shape(starts[0].shape, limits, seed, frames, size)
+    return [
+        Job(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            seed=each,
+            steps=int(steps),
+            guidance=float(guidance),
+            solver=solver,
+            shape=shape,
+            table=table,
+            latents=start * np.float32(sigma),
+        )
+        for prompt, each, start in zip(prompts, seeds, starts, strict=True)
+    ]
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    if seed is None:
+        seed = draw_seed()
+    if isinstance(seed, Sequence):
+        if len(seed) != count:
+            raise InputError(f"{len(seed)} seeds were given for {count} prompts; give one each.")
+        seeds = list(seed)
+    else:
+        check_seed(seed)
+        seeds = [int(seed) + index for index in range(count)]
+    for each in seeds:
+        check_seed(each)
+    return seeds
+
+
+def _same_shape(
+    shape: tuple[int, ...],
+    limits: Limits,
+    seed: int | Sequence[int] | None,
+    frames: int | None,
+    size: tuple[int, int] | None,
+) -> Shape:
+    """The shape of given latents, if nothing else that was asked for contradicts it."""
+    if seed is not None:
+        raise InputError("both seed and latents were given; the latents are the noise of a seed.")
+    channels, count, height, width = shape
+    scale = limits.geometry.spatial_scale
+    own = (width * scale, height * scale)
+    if frames not in (None, count):
+        raise InputError(f"frames {frames} was asked for, and latents of {count} frames were given.")
+    if size is not None and tuple(size) != own:
+        raise InputError(f"size {tuple(size)} was asked for, and latents of size {own} were given.")
+    return channels, count, height, width
+
+
+def _pair(size: tuple[int, int]) -> tuple[int, int]:
+    if len(size) != 2:
+        raise InputError(f"size {size!r} is not (width, height).")
+    return size
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

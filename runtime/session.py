@@ -1,0 +1,104 @@
+"""What a backend is for the runtime: opened stages, and the buffers of a step loop.
+
+These protocols are all that the loop and the pipeline know of a backend. Which library and which
+memory stand behind them is the backend's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from reelrt.bundle.manifest import EngineSet
+from reelrt.errors import BackendError
+
+Array = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
+
+
+class StepSession(Protocol):
+    """The step engine with buffers for one latent shape, one row of the batch per slot.
+
+    Every buffer is allocated once, for `capacity` rows. The state and its counter exist twice:
+    a launch reads one side and writes the other, then the sides change roles. Tables, prompts and
+    counters are uploaded when a slot is written, never between launches.
+    """
+
+    capacity: int
+    table_rows: int
+
+    def write(self, row: int, table: Float32, text: Array, latents: Float32) -> None:
+        """Put a request into a row of the batch, at the first row of its table.
+
+        Args:
+            row: 0 to capacity - 1.
+            table: float32 [S, K], S at most `table_rows`; copied.
+            text: Prompt embeddings [2, L, D], unconditional first; copied.
+            latents: Starting latents, float32 [C, F, h, w]; copied.
+        """
+
+    def move(self, source: int, target: int) -> None:
+        """Copy everything a row holds to another row."""
+
+    def launch(self, active: int) -> None:
+        """Advance rows 0 to active - 1 by one row of their tables.
+
+        Raises:
+            BackendError: The engine failed.
+        """
+
+    def read(self, row: int) -> Float32:
+        """The latents in a row, float32 [C, F, h, w]; a copy. Waits for launches to finish."""
+
+
+class Sessions(Protocol):
+    """An opened engine set."""
+
+    def run(self, stage: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a stage other than the step once.
+
+        Args:
+            stage: `text_encoder` or `vae_decoder`.
+            inputs: Name to array, as the stage's spec says.
+
+        Returns:
+            Output name to array; the caller's to keep.
+
+        Raises:
+            BackendError: The engine failed.
+        """
+
+    def open_step(self, latents: tuple[int, int, int, int]) -> StepSession:
+        """Allocate the buffers of a step loop for latents of one shape (C, F, h, w)."""
+
+
+Opener = Callable[[EngineSet, int | None], Sessions]
+
+BACKENDS = {"onnxruntime": "reelrt.runtime.ort"}
+"""Backend name to the module whose `open_sessions` opens its engine sets."""
+
+
+def open_sessions(engines: EngineSet, threads: int | None = None) -> Sessions:
+    """Open every engine of a set with the backend it was built for.
+
+    Args:
+        engines: The engine set, verified.
+        threads: CPU threads per engine; None leaves it to the backend.
+
+    Raises:
+        BackendError: This version has no session for that backend, or the backend is not
+            installed, or it cannot open an engine.
+        CompatibilityError: The set was built for another version or machine.
+    """
+    if engines.backend not in BACKENDS:
+        device = f"{engines.backend} engines for {engines.target}"
+        raise BackendError(
+            f"{engines.folder} holds {device}; this version of reelrt runs {', '.join(BACKENDS)} engines.",
+            "Build for this machine with `reelrt build BUNDLE -o ENGINES --backend onnxruntime`.",
+        )
+    opener: Opener = import_module(BACKENDS[engines.backend]).open_sessions
+    return opener(engines, threads)

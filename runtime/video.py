@@ -1,0 +1,144 @@
+"""A generated video: frames, final latents, how it was made; and its way to disk and back.
+
+Files appear whole or not at all. Knows nothing of engines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reelrt.errors import InputError
+from reelrt.runtime.formats import FORMATS, Format
+
+FilePath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Video:
+    """What `TextToVideo.generate` returns.
+
+    Attributes:
+        frames: RGB frames, uint8 [F, H, W, 3].
+        latents: The network's final latents, float32 [1, C, F, h, w].
+        metadata: How it was made: `prompt`, `negative_prompt`, `seed`, `steps`, `guidance`,
+            `solver`, `width`, `height`, `frames`, `model`, `model_sha256`, `reelrt`; `cut` when
+            the prompt was too long. Plain JSON values. Equal metadata on one backend means equal
+            bytes, unless the seed is None (the starting latents were given).
+        timings: Wall-clock seconds of the stages `text`, `denoise` and `decode`. `denoise` counts
+            from joining the batch to leaving it.
+        peak_memory: Largest resident size of the process so far, in bytes; 0 where the system
+            does not say.
+    """
+
+    frames: npt.NDArray[np.uint8]
+    latents: npt.NDArray[np.float32]
+    metadata: Mapping[str, Any]
+    timings: Mapping[str, float] = field(default_factory=dict)
+    peak_memory: int = 0
+
+    def save(self, path: FilePath, fps: float = 8) -> Path:
+        """Write the video; the extension chooses the format.
+
+        `.mp4` is H.264 (playable in every browser), `.webm` VP9, `.gif` a looping GIF. `.png`
+        writes lossless frames beside each other: `red.png` becomes `red_000.png`, `red_001.png`
+        and so on. Odd widths and heights grow by one repeated pixel in MP4 and WebM. The metadata
+        are written into every file.
+
+        Args:
+            path: Where to write; missing folders are made, an existing file is replaced.
+            fps: Frames per second; PNG ignores it.
+
+        Returns:
+            The file that was written; the first one for PNG.
+
+        Raises:
+            InputError: Unknown extension, a place that cannot be written, a full disk, or an
+                impossible frame rate. No partial file is left.
+        """
+        target = Path(path)
+        if not (math.isfinite(fps) and 0 < fps <= 1000):
+            raise InputError(f"fps {fps} is not possible: give a number above 0, up to 1000.")
+        form = _format(target)
+        paths = form.files(target, len(self.frames))
+        comment = json.dumps(dict(self.metadata))
+        rate = Fraction(fps).limit_denominator(1001)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _whole(paths) as partial:
+                form.write(partial, self.frames, rate, comment)
+        except OSError as error:
+            raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
+        return paths[0]
+
+
+def check_writable(path: FilePath) -> None:
+    """Refuse, before any work, a path that `Video.save` would refuse.
+
+    Raises:
+        InputError: Unknown extension, a folder, or a place that cannot be written.
+    """
+    target = Path(path)
+    _format(target)
+    if target.is_dir():
+        raise InputError(f"{target} is a folder; name a file in it.")
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise InputError(f"cannot write to {parent}: {error.strerror or error}.") from error
+
+
+def read_metadata(path: FilePath) -> dict[str, Any]:
+    """How a saved video was made; see `Video.metadata`.
+
+    Raises:
+        InputError: Not a video that ReelRT wrote, or not readable.
+    """
+    source = Path(path)
+    form = _format(source)
+    if not source.is_file():
+        raise InputError(f"{source} is no file.")
+    try:
+        comment = form.read(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source} cannot be read: {error}.") from error
+    with suppress(ValueError):
+        data = json.loads(comment)
+        if isinstance(data, dict) and "reelrt" in data:
+            return data
+    raise InputError(f"{source} holds no ReelRT metadata.")
+
+
+def _format(path: Path) -> Format:
+    form = FORMATS.get(path.suffix.lower())
+    if form is None:
+        known = ", ".join(FORMATS)
+        raise InputError(f"{path} has an unknown extension {path.suffix!r}; choose one of {known}.")
+    return form
+
+
+@contextmanager
+def _whole(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Temporary siblings that take their paths when the block succeeds and vanish when not."""
+    token = secrets.token_hex(4)
+    partial = [path.with_name(f".{path.stem}.{token}{path.suffix.lower()}") for path in paths]
+    try:
+        yield partial
+        for source, path in zip(partial, paths, strict=True):
+            source.replace(path)
+    finally:
+        for source in partial:
+            source.unlink(missing_ok=True)
