@@ -1,0 +1,92 @@
+# `make help` lists what can be made.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= python3
+VENV ?= .venv
+BUNDLE ?= build/bundle
+ENGINES ?= build/engines
+MODEL ?= models/moving-shapes
+TARGET ?= host
+BACKEND ?= auto
+
+# A prompt reaches the command through the environment, letter for letter: neither make nor the
+# shell reads a quote, a dollar or a backtick in it.
+ifeq ($(origin PROMPT), undefined)
+export REELRT_PROMPT := a red circle moving right on a black background
+else
+export REELRT_PROMPT := $(value PROMPT)
+endif
+unexport PROMPT
+
+# JetPack's TensorRT lives in the system's Python, so a Jetson's environment sees its packages.
+JETSON := $(wildcard /etc/nv_tegra_release)
+NVIDIA := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+DEVICE_EXTRA := $(if $(JETSON),tensorrt,$(if $(filter-out 0,$(NVIDIA)),rtx))
+comma := ,
+RUN_EXTRAS := export$(if $(DEVICE_EXTRA),$(comma)$(DEVICE_EXTRA))
+TEST_EXTRAS := export,rtx,service,dev
+
+CREATED := $(VENV)/.created
+RUN_READY := $(VENV)/.ready-$(subst $(comma),-,$(RUN_EXTRAS))
+TEST_READY := $(VENV)/.ready-$(subst $(comma),-,$(TEST_EXTRAS))
+BIN := $(VENV)/bin
+# Threads that wait in a loop slow down everything beside them.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help
+help: ## List what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+.PHONY: video
+video: $(RUN_READY) ## A video: PROMPT="..." OUT=red.mp4 STEPS= SEED=, and what engines takes
+	@$(call make_engines,$(ENGINES))
+	@$(BIN)/reelrt generate "$(ENGINES)" -o "$(or $(OUT),build/video.mp4)" \
+		$(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") -- "$$REELRT_PROMPT"
+
+.PHONY: engines
+engines: $(RUN_READY) ## Engines: MODEL= TARGET=host|rtx3060|orin-agx|... PRECISION=fp32|fp16 SIZE=WxH FRAMES= OUT=
+	@$(call make_engines,$(or $(OUT),$(ENGINES)))
+
+.PHONY: test
+test: lint ## Check the style and run every test that needs no GPU
+	$(BIN)/python -m pytest
+
+.PHONY: test-gpu
+test-gpu: $(TEST_READY) ## Run the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest tests/gpu
+
+.PHONY: lint
+lint: $(TEST_READY) ## ruff, mypy, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+.PHONY: clean
+clean: ## Remove what was built, but not the environment
+	rm -rf build/bundle build/engines build/video.mp4 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+# $(1): the engine set's folder. Both commands leave alone what is up to date.
+define make_engines
+$(BIN)/reelrt export "$(MODEL)" -o "$(BUNDLE)" $(if $(PRECISION),--precision "$(PRECISION)"); \
+$(BIN)/reelrt build "$(BUNDLE)" -o "$(1)" --backend "$(BACKEND)" --target "$(TARGET)" \
+	$(if $(PRECISION),--precision "$(PRECISION)") $(if $(SIZE),--size "$(SIZE)") \
+	$(if $(FRAMES),--frames "$(FRAMES)")
+endef
+
+$(CREATED):
+	@version=$$("$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) \
+		|| { echo "make: $(PYTHON) does not run; install Python 3.10 to 3.13 or name one: make PYTHON=python3.11 ..." >&2; exit 1; }; \
+	case "$$version" in 3.10|3.11|3.12|3.13) ;; *) \
+		echo "make: $(PYTHON) is Python $$version; ReelRT needs 3.10 to 3.13: make PYTHON=python3.11 ..." >&2; exit 1;; esac
+	@"$(PYTHON)" -m venv $(if $(JETSON),--system-site-packages) "$(VENV)" \
+		|| { echo "make: $(PYTHON) cannot make an environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@touch "$@"
+
+$(VENV)/.ready-%: $(CREATED) pyproject.toml
+	@echo "Installing reelrt[$(subst -,$(comma),$*)] into $(VENV); the first time takes some minutes."
+	@$(BIN)/python -m pip install --quiet --editable '.[$(subst -,$(comma),$*)]'
+	@touch "$@"

@@ -1,0 +1,263 @@
+"""The command line: one function per command; everything heavy is imported inside them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reelrt import __version__
+from reelrt.console import EXIT_CODES, command, end_on_sigterm, progress_bars, show
+from reelrt.errors import InputError
+
+EPILOG = "Exit codes: " + "; ".join(f"{code} {when}" for code, when in EXIT_CODES) + "."
+
+app = typer.Typer(
+    name="reelrt",
+    help="Turn a diffusers text-to-video model into engines for NVIDIA Jetson and RTX, and run them.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+evaluate = typer.Typer(name="evaluate", help="Measure what a set of engines generates.", no_args_is_help=True)
+app.add_typer(evaluate)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class Precision(str, Enum):
+    """Type of the weights."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+
+
+class CfgMode(str, Enum):
+    """How guidance is computed: two rows of the table, or a batch of two."""
+
+    SPLIT = "split"
+    BATCHED = "batched"
+
+
+class Backend(str, Enum):
+    """What runs the engines."""
+
+    AUTO = "auto"
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT_RTX = "tensorrt_rtx"
+    TENSORRT = "tensorrt"
+
+
+class Solver(str, Enum):
+    """The compiled schedules' names."""
+
+    DDIM = "ddim"
+    EULER = "euler"
+    DPMPP_2M = "dpmpp_2m"
+    UNIPC = "unipc"
+    DEIS = "deis"
+
+
+def _version(show: bool) -> None:
+    if show:
+        sys.stdout.write(f"reelrt {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Turn a diffusers text-to-video model into engines for NVIDIA Jetson and RTX, and run them."""
+
+
+@app.command(epilog=EPILOG)
+@command
+def export(
+    model: Annotated[Path, typer.Argument(help="Folder of a diffusers text-to-video model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Bundle folder to write.")],
+    precision: Annotated[Precision, typer.Option(help="Type of the weights.")] = Precision.FP32,
+    cfg: Annotated[CfgMode, typer.Option(help="How guidance is computed.")] = CfgMode.SPLIT,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Export a diffusers model folder to an ONNX bundle, checked against the model."""
+    from reelrt.engines.inspection import describe
+    from reelrt.export.exporter import export_bundle
+
+    began = time.monotonic()
+    with progress_bars() as progress:
+        bundle = export_bundle(model, output, precision=precision.value, cfg=cfg.value, progress=progress)
+    show({**describe(bundle.folder), "seconds": time.monotonic() - began}, as_json)
+
+
+@app.command(epilog=EPILOG)
+@command
+def build(
+    bundle: Annotated[Path, typer.Argument(help="Bundle that `reelrt export` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Engine set folder to write.")],
+    backend: Annotated[Backend, typer.Option(help="What shall run the engines.")] = Backend.AUTO,
+    target: Annotated[
+        str, typer.Option(help="host, rtx3060, rtx4060, orin-agx, orin-nano, or sm86 and the like.")
+    ] = "host",
+    precision: Annotated[
+        Precision | None, typer.Option(help="Type of the weights.", show_default="the bundle's")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="WxH", help="Largest picture (pixels).", show_default="the model's"),
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Most frames.", show_default="the model's")] = None,
+    batch: Annotated[int, typer.Option(help="Most videos at once.")] = 4,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Build the engines of a bundle for one device; what is built already is kept."""
+    from reelrt.bundle.manifest import Bundle
+    from reelrt.engines.builder import build_engines
+    from reelrt.engines.inspection import describe
+
+    began = time.monotonic()
+    with progress_bars() as progress:
+        engines = build_engines(
+            Bundle.load(bundle),
+            output,
+            backend=backend.value,
+            target=target,
+            precision=precision.value if precision else None,
+            size=_size(size),
+            frames=frames,
+            batch=batch,
+            progress=progress,
+        )
+    show({**describe(engines.folder), "seconds": time.monotonic() - began}, as_json)
+
+
+@app.command(epilog=EPILOG)
+@command
+def generate(
+    engines: Annotated[Path, typer.Argument(help="Engine set that `reelrt build` wrote.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One video per prompt.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Video to write: .mp4, .webm, .gif, or .png for frames.",
+        ),
+    ],
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; 1 is none.", show_default="the model's")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the noise of the first prompt.", show_default="drawn"),
+    ] = None,
+    negative_prompt: Annotated[str, typer.Option(help="What the video shall not show.")] = "",
+    solver: Annotated[Solver | None, typer.Option(help="Sampler.", show_default="the model's")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Picture, in pixels.", show_default="the model's")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames.", show_default="the model's")] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second of the file.")] = 8,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Generate a video from a prompt; several prompts share the batch."""
+    from reelrt.runtime.pipeline import load
+    from reelrt.runtime.video import check_writable
+
+    paths = _outputs(output, len(prompts))
+    for path in paths:
+        check_writable(path)
+    began = time.monotonic()
+    pipe = load(engines)
+    seconds = {"load": time.monotonic() - began}
+    with progress_bars() as progress:
+        videos = pipe.generate(
+            prompts,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            frames=frames,
+            size=_size(size),
+            solver=solver.value if solver else None,
+            progress=progress,
+        )
+    for stage in videos[0].timings:
+        seconds[stage] = max(video.timings[stage] for video in videos)
+    began = time.monotonic()
+    written = [str(video.save(path, fps=fps)) for path, video in zip(paths, videos, strict=True)]
+    seconds["encode"] = time.monotonic() - began
+    result = {"seconds": seconds, "peak_memory_bytes": videos[-1].peak_memory}
+    if as_json:
+        made = [{"path": path, **video.metadata} for path, video in zip(written, videos, strict=True)]
+        show({"videos": made, **result}, as_json)
+    else:
+        show({**result, "wrote": ", ".join(written)}, as_json)
+
+
+@app.command(epilog=EPILOG)
+@command
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A bundle or an engine set.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a bundle or an engine set against its hashes, and show what it holds."""
+    from reelrt.engines.inspection import describe
+
+    show(describe(folder), as_json)
+
+
+@app.command("video-info", epilog=EPILOG)
+@command
+def video_info(
+    file: Annotated[Path, typer.Argument(help="A video that ReelRT wrote.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show how a video was made: prompt, seed, steps, guidance, model hash."""
+    from reelrt.runtime.video import read_metadata
+
+    show(read_metadata(file), as_json)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """(width, height) of `WxH`.
+
+    Raises:
+        InputError: It does not read so.
+    """
+    if text is None:
+        return None
+    width, cross, height = text.lower().replace("\u00d7", "x").partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise InputError(f"size {text!r} is not WIDTHxHEIGHT.", "Write 64x64, say.")
+    return int(width), int(height)
+
+
+def _outputs(output: Path, count: int) -> list[Path]:
+    """One path per video: `red.mp4`, or `red-1.mp4`, `red-2.mp4` and so on."""
+    if count == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(1, count + 1)]
+
+
+def main() -> None:
+    """The `reelrt` command."""
+    end_on_sigterm()
+    app()
+
+
+if __name__ == "__main__":
+    main()

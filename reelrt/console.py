@@ -1,0 +1,232 @@
+"""What every command shares: progress bars, results as tables or JSON, errors as one sentence.
+
+Standard output carries the result alone (with `--json`: one JSON document, also for an error);
+bars, warnings and errors go to standard error. Knows nothing of what the commands do.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from reelrt.errors import ReelError
+
+# (code, when): shown by `reelrt --help` and in docs/cli.md; the classes of reelrt.errors carry them.
+EXIT_CODES: tuple[tuple[int, str], ...] = (
+    (0, "done"),
+    (1, "an error of no other kind"),
+    (2, "a wrong option, prompt, size or file name"),
+    (3, "the model folder cannot be exported, or its export disagrees with it"),
+    (4, "a bundle or engine set is missing, incomplete or damaged"),
+    (5, "the engines were built for another device or backend version"),
+    (6, "a backend is not installed, or failed"),
+    (7, "the disk is full, or the system refused a file"),
+    (130, "interrupted; nothing is left half-written"),
+)
+INPUT_CODE, SYSTEM_CODE, INTERRUPTED_CODE = 2, 7, 130
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def command(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Give a command the common way to warn and to fail.
+
+    The command takes `as_json` and `debug`. Any error ends the process with one sentence on
+    standard error and its exit code; `debug` adds the traceback, and other libraries' warnings.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: Parameters.args, **options: Parameters.kwargs) -> Result:
+        as_json, debug = bool(options.get("as_json")), bool(options.get("debug"))
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("always", category=UserWarning, module=r"reelrt\.")
+            warnings.showwarning = lambda message, *_: note(f"Warning: {message}")
+            try:
+                return function(*args, **options)
+            except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the last resort)
+                if debug:
+                    traceback.print_exc()
+                _fail(error, as_json, debug)
+
+    return wrapper
+
+
+def _fail(error: BaseException, as_json: bool, debug: bool) -> NoReturn:
+    if isinstance(error, BrokenPipeError):  # `reelrt ... | head` is no error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    message, remedy, code = _describe(error)
+    if code == 1 and not debug and not isinstance(error, ReelError):
+        remedy = "Run again with --debug to see where."
+    if as_json:
+        kind = type(error).__name__
+        show({"error": {"type": kind, "message": message, "remedy": remedy, "exit_code": code}}, as_json)
+    errors.print(f"[bold red]Error:[/] {escape(f'{message} {remedy}'.strip())}")
+    sys.exit(code)
+
+
+def _describe(error: BaseException) -> tuple[str, str, int]:
+    """Message, remedy and exit code of any exception."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing is left half-written.", "", INTERRUPTED_CODE
+    if isinstance(error, ReelError):
+        system = error.exit_code == INPUT_CODE and isinstance(error.__cause__, OSError)
+        return error.message, error.remedy, SYSTEM_CODE if system else error.exit_code
+    # safetensors and ONNX Runtime report a full disk as errors of their own.
+    if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+        name = getattr(error, "filename", None)
+        return f"the disk is full{f' (writing {name})' if name else ''}.", "Free some space.", SYSTEM_CODE
+    if isinstance(error, OSError) and error.strerror:
+        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}.", "", SYSTEM_CODE
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}.", "", 1
+
+
+def note(text: str) -> None:
+    """A line on standard error."""
+    errors.print(escape(text))
+
+
+def show(data: Mapping[str, Any], as_json: bool) -> None:
+    """Write a result to standard output: one JSON document, or tables for people.
+
+    For people, a name's ending tells the unit: `weight_bytes`, `build_seconds`.
+
+    Args:
+        data: Plain structure of mappings, sequences and scalars.
+        as_json: Which of the two.
+    """
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+        sys.stdout.flush()
+    else:
+        Console(highlight=False).print(_render(data))
+
+
+def _render(data: Mapping[str, Any]) -> RenderableType:
+    """Scalars as two columns, mappings and sequences of alike mappings as tables below them."""
+    plain = Table.grid(padding=(0, 2))
+    parts: list[RenderableType] = [plain]
+    for name, value in data.items():
+        rows = _rows(value)
+        if rows is not None:
+            parts += [f"[bold]{_title(name)}[/]", Padding(_table(rows), (0, 0, 0, 2))]
+        elif isinstance(value, Mapping) and value:
+            seconds = name.endswith("seconds")
+            inner = {f"{key}_seconds": each for key, each in value.items()} if seconds else value
+            parts += [f"[bold]{_title(name)}[/]", Padding(_render(inner), (0, 0, 0, 2))]
+        else:
+            plain.add_row(_title(name), escape(_text(name, value)))
+    return Group(*[part for part in parts if part is not plain or plain.row_count])
+
+
+def _rows(value: Any) -> list[Mapping[str, Any]] | None:
+    """The rows of what is best shown as a table, each with its name first."""
+    if isinstance(value, Mapping) and value and all(isinstance(each, Mapping) for each in value.values()):
+        return [{"": key, **each} for key, each in value.items()]
+    if isinstance(value, Sequence) and value and all(isinstance(each, Mapping) for each in value):
+        return list(value)
+    return None
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(*(_title(name) for name in names), box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*(escape(_text(name, row.get(name))) for name in names))
+    return table
+
+
+def _title(name: str) -> str:
+    return name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith("bytes") and isinstance(value, int | float):
+        return f"{value / 2**20:,.1f} MiB"
+    if name.endswith("seconds") and isinstance(value, int | float):
+        return f"{value:.2f} s"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(key, each)}" for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(name, each) for each in value)
+    return str(value)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars with the time left on standard error, one per `what`; lines where it is no terminal.
+
+    Yields:
+        A `reelrt.progress.Progress`.
+    """
+    if not errors.is_terminal:
+        yield _lines()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def bar(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(escape(what), total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield bar
+
+
+def _lines() -> Callable[[str, int, int], None]:
+    """A `Progress` for logs: one line when a thing is done, with its seconds."""
+    began: dict[str, float] = {}
+
+    def line(what: str, done: int, total: int) -> None:
+        start = began.setdefault(what, time.monotonic())
+        if done >= total:
+            note(f"{what}: {time.monotonic() - start:.1f} s")
+
+    return line
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack, so that half-written folders are removed."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
