@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,37 +29,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-class Precision(str, Enum):
-    """Type of the weights."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-
-
-class CfgMode(str, Enum):
-    """How guidance is computed: two rows of the table, or a batch of two."""
-
-    SPLIT = "split"
-    BATCHED = "batched"
-
-
-class Backend(str, Enum):
-    """What runs the engines."""
-
-    AUTO = "auto"
-    ONNXRUNTIME = "onnxruntime"
-    TENSORRT_RTX = "tensorrt_rtx"
-    TENSORRT = "tensorrt"
-
-
-class Solver(str, Enum):
-    """The compiled schedules' names."""
-
-    DDIM = "ddim"
-    EULER = "euler"
-    DPMPP_2M = "dpmpp_2m"
-    UNIPC = "unipc"
-    DEIS = "deis"
+Precision = Literal["fp32", "fp16"]
+Cfg = Literal["split", "batched"]
+Backend = Literal["auto", "onnxruntime", "tensorrt_rtx", "tensorrt"]
+Solver = Literal["ddim", "euler", "dpmpp_2m", "unipc", "deis"]
 
 
 def _version(show: bool) -> None:
@@ -81,10 +53,12 @@ def options(
 @app.command(epilog=EPILOG)
 @command
 def export(
-    model: Annotated[Path, typer.Argument(help="Folder of a diffusers text-to-video model.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Folder of a diffusers text-to-video model.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Bundle folder to write.")],
-    precision: Annotated[Precision, typer.Option(help="Type of the weights.")] = Precision.FP32,
-    cfg: Annotated[CfgMode, typer.Option(help="How guidance is computed.")] = CfgMode.SPLIT,
+    precision: Annotated[Precision, typer.Option(help="Type of the weights.")] = "fp32",
+    cfg: Annotated[Cfg, typer.Option(help="How guidance is computed.")] = "split",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -94,16 +68,16 @@ def export(
 
     began = time.monotonic()
     with progress_bars() as progress:
-        bundle = export_bundle(model, output, precision=precision.value, cfg=cfg.value, progress=progress)
+        bundle = export_bundle(model, output, precision=precision, cfg=cfg, progress=progress)
     show({**describe(bundle.folder), "seconds": time.monotonic() - began}, as_json)
 
 
 @app.command(epilog=EPILOG)
 @command
 def build(
-    bundle: Annotated[Path, typer.Argument(help="Bundle that `reelrt export` wrote.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle that `reelrt export` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Engine set folder to write.")],
-    backend: Annotated[Backend, typer.Option(help="What shall run the engines.")] = Backend.AUTO,
+    backend: Annotated[Backend, typer.Option(help="What shall run the engines.")] = "auto",
     target: Annotated[
         str, typer.Option(help="host, rtx3060, rtx4060, orin-agx, orin-nano, or sm86 and the like.")
     ] = "host",
@@ -129,9 +103,9 @@ def build(
         engines = build_engines(
             Bundle.load(bundle),
             output,
-            backend=backend.value,
+            backend=backend,
             target=target,
-            precision=precision.value if precision else None,
+            precision=precision,
             size=_size(size),
             frames=frames,
             batch=batch,
@@ -143,8 +117,8 @@ def build(
 @app.command(epilog=EPILOG)
 @command
 def generate(
-    engines: Annotated[Path, typer.Argument(help="Engine set that `reelrt build` wrote.")],
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One video per prompt.")],
+    engines: Annotated[Path, typer.Argument(metavar="ENGINES", help="Engine set that `reelrt build` wrote.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One video per prompt.")],
     output: Annotated[
         Path,
         typer.Option(
@@ -190,7 +164,7 @@ def generate(
             seed=seed,
             frames=frames,
             size=_size(size),
-            solver=solver.value if solver else None,
+            solver=solver,
             progress=progress,
         )
     for stage in videos[0].timings:
@@ -209,7 +183,7 @@ def generate(
 @app.command(epilog=EPILOG)
 @command
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A bundle or an engine set.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A bundle or an engine set.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -222,7 +196,7 @@ def inspect(
 @app.command("video-info", epilog=EPILOG)
 @command
 def video_info(
-    file: Annotated[Path, typer.Argument(help="A video that ReelRT wrote.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A video that ReelRT wrote.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
