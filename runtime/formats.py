@@ -76,8 +76,15 @@ def _write_mp4(paths: Sequence[Path], frames: Frames, fps: Fraction, comment: st
 
 def _write_webm(paths: Sequence[Path], frames: Frames, fps: Fraction, comment: str) -> None:
     """VP9 in constant-quality mode, which libvpx enters only at bit rate 0."""
-    options = {"crf": "24", "b": "0", "row-mt": "1"}
-    _write_stream(paths, frames, fps, comment, codec="libvpx-vp9", options=options, container_options={})
+    _write_stream(
+        paths,
+        frames,
+        fps,
+        comment,
+        codec="libvpx-vp9",
+        options={"crf": "24", "b": "0", "row-mt": "1"},
+        container_options={"fflags": "+bitexact"},  # else the track gets a random number
+    )
 
 
 def _write_gif(paths: Sequence[Path], frames: Frames, fps: Fraction, comment: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -201,6 +202,10 @@ class TextToVideo:
                 raise Cancelled(f"cancelled during {stage}.")
 
         requests, text_seconds, cuts = self._encode(jobs, checked)
+        for words in dict.fromkeys(words for cut in cuts for words in cut.values()):
+            length = self.engines.pipeline.geometry.tokens
+            message = f"a prompt is longer than the model's {length} tokens; this was cut: {words!r}"
+            warnings.warn(message, UserWarning, stacklevel=3)
         denoised = self._denoise(requests, checked)
         videos: list[Video] = []
         total = sum(job.shape[1] for job in jobs)
@@ -215,13 +220,18 @@ class TextToVideo:
             videos.append(Video(np.concatenate(parts), latents[None], metadata, timings, peak_memory()))
         return videos
 
-    def _encode(self, jobs: Sequence[Job], progress: Progress) -> tuple[list[Request], float, list[str]]:
+    def _encode(
+        self, jobs: Sequence[Job], progress: Progress
+    ) -> tuple[list[Request], float, list[dict[str, str]]]:
+        """The loop's requests, the seconds it took, and per job which words did not fit."""
         began, requests, cuts = time.perf_counter(), [], []
         for done, job in enumerate(jobs):
             progress("text", done, len(jobs))
-            (negative, _), (positive, cut) = self._text(job.negative_prompt), self._text(job.prompt)
+            (negative, negative_cut), (positive, cut) = map(self._text, (job.negative_prompt, job.prompt))
             requests.append(Request(job.table, np.stack([negative, positive]), job.latents))
-            cuts.append(cut)
+            cuts.append({"cut": cut} if cut else {})
+            if negative_cut:
+                cuts[-1]["negative_cut"] = negative_cut
         progress("text", len(jobs), len(jobs))
         return requests, time.perf_counter() - began, cuts
 
@@ -257,14 +267,14 @@ class TextToVideo:
             self._loop = shape, StepLoop(self._sessions.open_step((channels, frames, height, width)))
         return self._loop[1]
 
-    def _metadata(self, job: Job, cut: str) -> dict[str, Any]:
+    def _metadata(self, job: Job, cut: dict[str, str]) -> dict[str, Any]:
         model = self.engines.pipeline.model
         head = {"prompt": job.prompt, "negative_prompt": job.negative_prompt, "seed": job.seed}
         _, frames, height, width = job.shape
         scale = self.engines.pipeline.geometry.spatial_scale
         return {
             **head,
-            **({"cut": cut} if cut else {}),
+            **cut,
             "steps": job.steps,
             "guidance": job.guidance,
             "solver": job.solver,

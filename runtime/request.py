@@ -5,7 +5,6 @@ Knows the ranges of the engine set in the user's own units. Runs nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,8 @@ from reelrt.runtime.noise import check_seed, draw_seed, starting_noise
 from reelrt.runtime.session import Float32
 
 Shape = tuple[int, int, int, int]
+
+MAX_GUIDANCE = 1000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,8 +97,10 @@ class Limits:
         """
         if not _whole(steps):
             raise InputError(f"steps {steps!r} is not a whole number.")
-        if not _number(guidance) or not math.isfinite(guidance) or guidance < 0:
-            raise InputError(f"guidance {guidance!r} is not possible: give a number of 0 or more; 1 is none.")
+        if not _number(guidance) or not 0 <= guidance <= MAX_GUIDANCE:
+            raise InputError(
+                f"guidance {guidance!r} is not possible: give a number from 0 to {MAX_GUIDANCE}."
+            )
         schedule = self.schedules.get(solver, steps)
         cfg, room = self.pipeline.cfg, self._step["rows"].max
         if schedule.rows(guidance, cfg) > room:
@@ -219,9 +222,11 @@ def _same_shape(
 
 
 def _pair(size: tuple[int, int]) -> tuple[int, int]:
-    if len(size) != 2:
-        raise InputError(f"size {size!r} is not (width, height).")
-    return size
+    try:
+        width, height = size
+    except (TypeError, ValueError):
+        raise InputError(f"size {size!r} is not (width, height).") from None
+    return width, height
 
 
 def _number(value: object) -> bool:

@@ -5,7 +5,6 @@ Knows nothing of guidance or pictures.
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +84,7 @@ class TextEncoder:
         self._cache: OrderedDict[str, tuple[Array, str]] = OrderedDict()
 
     def __call__(self, prompt: str) -> tuple[Array, str]:
-        """Encode one prompt; warns, by name, about words that do not fit.
+        """Encode one prompt.
 
         Returns:
             Its embeddings [L, D] in the encoder's precision, not to be written to; and the words
@@ -99,7 +98,4 @@ class TextEncoder:
             if len(self._cache) > CACHED_PROMPTS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(prompt)
-        text, cut = self._cache[prompt]
-        if cut:
-            warnings.warn(f"the prompt is too long; this was cut: {cut!r}", UserWarning, stacklevel=2)
-        return text, cut
+        return self._cache[prompt]

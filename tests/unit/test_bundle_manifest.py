@@ -1,0 +1,125 @@
+"""Manifests say everything about a folder, and a folder that is another is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from reelrt.bundle.manifest import MANIFEST, SCHEDULES, Bundle, Engine, EngineSet, Model, Pipeline, Stage
+from reelrt.bundle.schedule import Schedule, Schedules
+from reelrt.bundle.spec import Geometry, Range, step_spec, text_encoder_spec
+from reelrt.errors import IntegrityError
+
+GEOMETRY = Geometry(4, 8, 8, 77, 1024, 6, 16, 384, 384)
+PIPELINE = Pipeline(
+    Model("moving-shapes", "unet3d", "ab" * 32, "Apache-2.0", 123),
+    GEOMETRY,
+    cfg="split",
+    solver="ddim",
+    guidance=7.5,
+    start_token=0,
+    end_token=1,
+    pad_token=1,
+)
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "step.onnx").write_bytes(b"graph")
+    ones = np.ones((1, 1))
+    Schedules([Schedule("ddim", ones[0], ones[0], ones, ones, 1.0)]).save(folder / SCHEDULES)
+    stages = {
+        "text_encoder": Stage(text_encoder_spec(GEOMETRY), "text_encoder.onnx", "fp16", 7),
+        "step": Stage(step_spec(GEOMETRY), "step.onnx", "fp32", 8),
+    }
+    Bundle(folder, PIPELINE, stages).save("0.1.0")
+    return folder
+
+
+@pytest.fixture
+def engines(tmp_path):
+    folder = tmp_path / "engines"
+    folder.mkdir()
+    (folder / "step.engine").write_bytes(b"engine")
+    engine = Engine(
+        spec=step_spec(GEOMETRY),
+        file="step.engine",
+        precision="fp16",
+        profile={"batch": Range(1, 1, 4), "frames": Range(8, 16, 16)},
+        key="cd" * 32,
+        key_fields={"backend": "onnxruntime", "version": "1"},
+        weight_bytes=8,
+        activation_bytes=9,
+        build_seconds=1.5,
+    )
+    saved = EngineSet(
+        folder, "ef" * 32, PIPELINE, "tensorrt_rtx", "1.7.1", "rtx3060", "8.6", {"step": engine}
+    )
+    saved.save("0.1.0")
+    return saved
+
+
+def test_bundle_there_and_back(bundle):
+    loaded = Bundle.load(bundle)
+    assert loaded.pipeline == PIPELINE
+    assert loaded.stages["step"] == Stage(step_spec(GEOMETRY), "step.onnx", "fp32", 8)
+    assert set(loaded.stages) == {"text_encoder", "step"}
+    assert set(loaded.files) == {"step.onnx", SCHEDULES}
+    assert loaded.version == "0.1.0"
+    assert loaded.schedules.solvers == ("ddim",)
+
+
+def test_engine_set_there_and_back(engines):
+    loaded = EngineSet.load(engines.folder)
+    for field in ("bundle", "pipeline", "backend", "backend_version", "target", "compute_capability"):
+        assert getattr(loaded, field) == getattr(engines, field), field
+    assert loaded.engines == engines.engines
+    assert set(loaded.files) == {"step.engine"}
+
+
+def test_bundle_hash_follows_its_files(bundle):
+    before = Bundle.load(bundle).sha256
+    (bundle / "step.onnx").write_bytes(b"another")
+    loaded = Bundle.load(bundle, check=False)
+    assert loaded.sha256 == before
+    loaded.save("0.1.0")
+    assert Bundle.load(bundle).sha256 != before
+
+
+def test_damage_is_found_unless_checking_is_off(bundle):
+    (bundle / "step.onnx").write_bytes(b"graPh")
+    with pytest.raises(IntegrityError, match=r"step\.onnx is damaged"):
+        Bundle.load(bundle)
+    assert Bundle.load(bundle, check=False).pipeline == PIPELINE
+
+
+def test_a_folder_without_manifest_says_what_makes_one(tmp_path):
+    with pytest.raises(IntegrityError, match="reelrt export"):
+        Bundle.load(tmp_path)
+    with pytest.raises(IntegrityError, match="reelrt build"):
+        EngineSet.load(tmp_path / "missing")
+
+
+def test_bundle_and_engine_set_are_not_mixed_up(bundle, engines):
+    with pytest.raises(IntegrityError, match="'bundle', where 'engines' is needed"):
+        EngineSet.load(bundle)
+    with pytest.raises(IntegrityError, match="'engines', where 'bundle' is needed"):
+        Bundle.load(engines.folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"kind": "bundle"}', "null"])
+def test_a_broken_manifest_is_refused(bundle, text):
+    (bundle / MANIFEST).write_text(text)
+    with pytest.raises(IntegrityError, match=r"manifest\.json cannot be read"):
+        Bundle.load(bundle)
+
+
+def test_another_schema_is_refused(bundle):
+    data = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps({**data, "schema": 99}))
+    with pytest.raises(IntegrityError, match="has schema 99; this version of reelrt reads 1"):
+        Bundle.load(bundle)
