@@ -7,10 +7,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BUNDLE ?= build/bundle
-ENGINES ?= build/engines
 MODEL ?= models/moving-shapes
 TARGET ?= host
-BACKEND ?= auto
 
 # A prompt reaches the command through the environment, letter for letter: neither make nor the
 # shell reads a quote, a dollar or a backtick in it.
@@ -24,7 +22,7 @@ unexport PROMPT
 # JetPack's TensorRT lives in the system's Python, so a Jetson's environment sees its packages.
 JETSON := $(wildcard /etc/nv_tegra_release)
 NVIDIA := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
-DEVICE_EXTRA := $(if $(JETSON),tensorrt,$(if $(filter-out 0,$(NVIDIA)),rtx))
+DEVICE_EXTRA := $(if $(JETSON),tensorrt,$(if $(filter-out 0,$(NVIDIA))$(filter-out host,$(TARGET)),rtx))
 comma := ,
 RUN_EXTRAS := export$(if $(DEVICE_EXTRA),$(comma)$(DEVICE_EXTRA))
 TEST_EXTRAS := export,rtx,dev
@@ -41,14 +39,14 @@ help: ## List what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
 .PHONY: video
-video: $(RUN_READY) ## A video: PROMPT="..." OUT=red.mp4 STEPS= SEED=, and what engines takes
-	@$(call make_engines,$(ENGINES))
-	@$(BIN)/reelrt generate "$(ENGINES)" -o "$(or $(OUT),build/video.mp4)" \
-		$(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") -- "$$REELRT_PROMPT"
+video: $(RUN_READY) ## A video: PROMPT="..." OUT=red.mp4 STEPS= SEED= MODEL= PRECISION= SIZE= FRAMES=
+	@$(call make_engines,build/engines,host,onnxruntime)
+	@$(BIN)/reelrt generate build/engines -o "$(or $(OUT),build/video.mp4)" \
+		$(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") $(SIZES) -- "$$REELRT_PROMPT"
 
 .PHONY: engines
 engines: $(RUN_READY) ## Engines: MODEL= TARGET=host|rtx3060|orin-agx|... PRECISION=fp32|fp16 SIZE=WxH FRAMES= OUT=
-	@$(call make_engines,$(or $(OUT),$(ENGINES)))
+	@$(call make_engines,$(or $(OUT),build/engines$(if $(DEVICE_EXTRA),-$(TARGET))),$(TARGET),auto)
 
 .PHONY: test
 test: lint ## Check the style and run every test that needs no GPU
@@ -67,15 +65,15 @@ lint: $(TEST_READY) ## ruff, mypy, and who may import whom
 
 .PHONY: clean
 clean: ## Remove what was built, but not the environment
-	rm -rf build/bundle build/engines build/video.mp4 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf build/bundle build/engines build/engines-* build/video.mp4 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-# $(1): the engine set's folder. Both commands leave alone what is up to date.
+# $(1) the engine set's folder, $(2) target, $(3) backend. Both commands keep what is up to date.
 define make_engines
-$(BIN)/reelrt export "$(MODEL)" -o "$(BUNDLE)" $(if $(PRECISION),--precision "$(PRECISION)"); \
-$(BIN)/reelrt build "$(BUNDLE)" -o "$(1)" --backend "$(BACKEND)" --target "$(TARGET)" \
-	$(if $(PRECISION),--precision "$(PRECISION)") $(if $(SIZE),--size "$(SIZE)") \
-	$(if $(FRAMES),--frames "$(FRAMES)")
+$(BIN)/reelrt export "$(MODEL)" -o "$(BUNDLE)"; \
+$(BIN)/reelrt build "$(BUNDLE)" -o "$(1)" --target "$(2)" --backend "$(3)" \
+	$(if $(PRECISION),--precision "$(PRECISION)") $(SIZES)
 endef
+SIZES = $(if $(SIZE),--size "$(SIZE)") $(if $(FRAMES),--frames "$(FRAMES)")
 
 $(CREATED):
 	@version=$$("$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) \

@@ -82,26 +82,27 @@ def build(
         str, typer.Option(help="host, rtx3060, rtx4060, orin-agx, orin-nano, or sm86 and the like.")
     ] = "host",
     precision: Annotated[
-        Precision | None, typer.Option(help="Type of the weights.", show_default="the bundle's")
+        Precision | None, typer.Option(help="Type of the weights.", show_default="what suits the backend")
     ] = None,
     size: Annotated[
         str | None,
         typer.Option(metavar="WxH", help="Largest picture (pixels).", show_default="the model's"),
     ] = None,
     frames: Annotated[int | None, typer.Option(help="Most frames.", show_default="the model's")] = None,
-    batch: Annotated[int, typer.Option(help="Most videos at once.")] = 4,
+    batch: Annotated[
+        int | None, typer.Option(help="Most videos at once.", show_default="what suits the target")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Build the engines of a bundle for one device; what is built already is kept."""
-    from reelrt.bundle.manifest import Bundle
     from reelrt.engines.builder import build_engines
     from reelrt.engines.inspection import describe
 
     began = time.monotonic()
     with progress_bars() as progress:
         engines = build_engines(
-            Bundle.load(bundle),
+            bundle,
             output,
             backend=backend,
             target=target,

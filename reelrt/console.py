@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import logging
 import os
 import signal
 import sys
@@ -70,14 +71,26 @@ def command(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
                 warnings.simplefilter("ignore")
                 warnings.filterwarnings("always", category=UserWarning, module=r"reelrt\.")
             warnings.showwarning = lambda message, *_: note(f"Warning: {message}")
+            logging.getLogger("reelrt").addHandler(log := _Log(logging.INFO))
+            logging.getLogger("reelrt").setLevel(logging.INFO)
             try:
                 return function(*args, **options)
             except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the last resort)
                 if debug:
                     traceback.print_exc()
                 _fail(error, as_json, debug)
+            finally:
+                logging.getLogger("reelrt").removeHandler(log)
 
     return wrapper
+
+
+class _Log(logging.Handler):
+    """What ReelRT logs, as lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = "Warning: " if record.levelno >= logging.WARNING else ""
+        note(f"{warning}{record.getMessage()}")
 
 
 def _fail(error: BaseException, as_json: bool, debug: bool) -> NoReturn:

@@ -129,9 +129,8 @@ def test_an_error_is_json_too(capsys) -> None:
 def test_our_warnings_are_a_line_and_those_of_others_are_not_shown(capsys) -> None:
     @command
     def function(as_json: bool = False, debug: bool = False) -> None:
-        warn = {"message": "the prompt is too long", "category": UserWarning, "filename": "x", "lineno": 1}
-        warnings.warn_explicit(**warn, module="reelrt.runtime.text")
-        warnings.warn_explicit(**{**warn, "message": "tracing is inexact"}, module="torch.onnx")
+        warnings.warn_explicit("the prompt is too long", UserWarning, "x", 1, module="reelrt.runtime.text")
+        warnings.warn_explicit("tracing is inexact", UserWarning, "x", 1, module="torch.onnx")
 
     function()
     captured = capsys.readouterr()
