@@ -16,6 +16,7 @@ import onnxruntime as ort
 
 from reelrt.bundle.manifest import Engine, EngineSet
 from reelrt.errors import BackendError, CompatibilityError
+from reelrt.jetson.device import detect
 from reelrt.runtime.session import Array, Float32
 
 
@@ -27,17 +28,30 @@ def open_sessions(engines: EngineSet, threads: int | None = None) -> OrtSessions
         threads: CPU threads within an operator; None takes one per physical core.
 
     Raises:
-        CompatibilityError: It was optimised by another version of ONNX Runtime.
+        CompatibilityError: It was optimised by another version of ONNX Runtime or for another CPU.
         BackendError: ONNX Runtime cannot open an engine.
     """
+    _check(engines)
+    opened = {name: _open(engines.folder / engine.file, threads) for name, engine in engines.engines.items()}
+    return OrtSessions(engines, opened)
+
+
+def _check(engines: EngineSet) -> None:
     if engines.backend_version != ort.__version__:
         raise CompatibilityError(
             f"{engines.folder} was built by ONNX Runtime {engines.backend_version}; "
             f"{ort.__version__} is installed.",
             "Build the engines again.",
         )
-    opened = {name: _open(engines.folder / engine.file, threads) for name, engine in engines.engines.items()}
-    return OrtSessions(engines, opened)
+    device = detect()
+    here = f"{device.architecture} {' '.join(device.cpu_features)}"
+    for engine in engines.engines.values():
+        cpu = engine.key_fields.get("cpu", here)
+        if cpu != here:
+            raise CompatibilityError(
+                f"{engines.folder} was optimised for a CPU with {cpu}; this one has {here}.",
+                "Build the engines again.",
+            )
 
 
 def _open(path: Path, threads: int | None) -> ort.InferenceSession:
