@@ -1,0 +1,266 @@
+"""An FP32 graph as an FP16 one: the network's nodes change, everything around it stays.
+
+The network is found by what it does, not by names: it is every node between the first and the last
+one that multiplies by weights. What comes before (reading the schedule's table, the timestep's
+sinusoids, scaling the input) and after (the next state, the counter, uint8 frames) stays FP32, with
+casts at the seam. Inputs and outputs follow the stage's spec. Weights are converted one at a time
+from file to file, so a graph of any size fits in memory. Knows no backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from reelrt.bundle.spec import StageSpec
+from reelrt.errors import BackendError
+
+if TYPE_CHECKING:
+    import onnx
+
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
+"""Operators that make a node part of the network when a weight is one of their inputs."""
+MIN_WEIGHT = 16
+"""A constant of fewer elements is a factor or an index, not a weight."""
+FLOAT_INPUTS: Mapping[str, tuple[int, ...]] = {"Resize": (1, 2)}
+"""Inputs that stay FP32 whatever the others are: a resize's region and scales."""
+THROUGH = ("Transpose", "Reshape", "Identity", "Cast", "DequantizeLinear", "Unsqueeze", "Squeeze")
+"""What may stand between a weight and the node that multiplies by it."""
+LARGEST = float(np.finfo(np.float16).max)
+_ALIGNMENT = 64
+
+
+def convert(source: Path, target: Path, spec: StageSpec) -> Path:
+    """Write an FP16 version of a stage's FP32 graph.
+
+    Args:
+        source: The FP32 graph, its weights inside or beside it.
+        target: The graph to write; its weights go beside it, into `<target>.data`.
+        spec: The stage's boundary: inputs and outputs of dtype `model` become float16.
+
+    Returns:
+        The target.
+
+    Raises:
+        BackendError: onnx is not installed, the graph is not a flat one, or a weight has no FP16
+            counterpart.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise BackendError(
+            "FP16 engines of an FP32 bundle need the package onnx.", "Install it: pip install onnx."
+        ) from error
+    model = onnx.load(str(source), load_external_data=False)
+    if model.functions or any(a.HasField("g") or a.graphs for n in model.graph.node for a in n.attribute):
+        raise BackendError(
+            f"{source.name} has functions or branches, which the conversion to FP16 does not read.",
+            "Export the model with --precision fp16.",
+        )
+    inferred = onnx.shape_inference.infer_shapes(model)
+    floats = _float_tensors(inferred.graph)
+    region = _network(model.graph, spec)
+    with target.with_name(f"{target.name}.data").open("wb") as data:
+        _rewrite(model.graph, region, floats, spec, _Weights(source.parent, data))
+    onnx.save(model, str(target))
+    return target
+
+
+def _float_tensors(graph: onnx.GraphProto) -> set[str]:
+    """Names of the FP32 tensors."""
+    from onnx import TensorProto
+
+    typed = [*graph.input, *graph.output, *graph.value_info]
+    names = {value.name for value in typed if value.type.tensor_type.elem_type == TensorProto.FLOAT}
+    return names | {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
+
+
+def _network(graph: onnx.GraphProto, spec: StageSpec) -> set[int]:
+    """Indices of the nodes that become FP16."""
+    weights = {t.name for t in graph.initializer if int(np.prod(t.dims)) >= MIN_WEIGHT}
+    makers: dict[str, int] = {}
+    users: dict[str, list[int]] = {}
+    weighted = set()
+    for index, node in enumerate(graph.node):
+        if node.op_type in THROUGH and node.input[0] in weights:
+            weights.update(node.output)
+        elif node.op_type in WEIGHTED and any(name in weights for name in node.input):
+            weighted.add(index)
+        makers.update(dict.fromkeys(node.output, index))
+        for name in node.input:
+            users.setdefault(name, []).append(index)
+
+    def before(tensors: Iterable[str]) -> set[int]:
+        return _reach(tensors, lambda name: [makers[name]] if name in makers else [], graph, forward=False)
+
+    def after(tensors: Iterable[str]) -> set[int]:
+        return _reach(tensors, lambda name: users.get(name, []), graph, forward=True)
+
+    upstream = before(name for index in weighted for name in graph.node[index].input) | weighted
+    downstream = after(name for index in weighted for name in graph.node[index].output) | weighted
+    network = upstream & downstream
+    model_inputs = [name for name, tensor in spec.inputs.items() if tensor.dtype == "model"]
+    model_outputs = [name for name, tensor in spec.outputs.items() if tensor.dtype == "model"]
+    network |= after(model_inputs) & upstream
+    network |= before(model_outputs) & downstream
+    # A weight's own transpose is converted with it.
+    network |= {i for i, n in enumerate(graph.node) if n.op_type in THROUGH and n.input[0] in weights}
+    return network
+
+
+def _reach(tensors: Iterable[str], step: object, graph: onnx.GraphProto, *, forward: bool) -> set[int]:
+    """Nodes reached from tensors, following makers (backwards) or users (forwards)."""
+    assert callable(step)
+    found: set[int] = set()
+    waiting = list(tensors)
+    while waiting:
+        for index in step(waiting.pop()):
+            if index not in found:
+                found.add(index)
+                node = graph.node[index]
+                waiting.extend(node.output if forward else node.input)
+    return found
+
+
+class _Weights:
+    """Reads FP32 weights wherever they are and appends their FP16 versions to one file."""
+
+    def __init__(self, folder: Path, data: BinaryIO) -> None:
+        self._folder, self._data = folder, data
+
+    def copy(self, tensor: onnx.TensorProto, half: bool) -> onnx.TensorProto:
+        """A tensor, halved or as it is, that lies in the new file."""
+        from onnx import TensorProto
+
+        values = self._read(tensor)
+        if half:
+            values = _halved(values, tensor.name)
+        new = TensorProto()
+        new.name, new.data_type = tensor.name, TensorProto.FLOAT16 if half else tensor.data_type
+        new.dims.extend(tensor.dims)
+        if values.nbytes < 1024:
+            new.raw_data = values.tobytes()
+            return new
+        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        location = {
+            "location": Path(self._data.name).name,
+            "offset": self._data.tell(),
+            "length": values.nbytes,
+        }
+        new.data_location = TensorProto.EXTERNAL
+        for key, value in location.items():
+            new.external_data.add(key=key, value=str(value))
+        self._data.write(memoryview(np.ascontiguousarray(values).view(np.uint8).reshape(-1)))
+        return new
+
+    def _read(self, tensor: onnx.TensorProto) -> npt.NDArray[np.generic]:
+        from onnx import TensorProto, helper, numpy_helper
+
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return numpy_helper.to_array(tensor)
+        entry = {item.key: item.value for item in tensor.external_data}
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        shape, path = tuple(tensor.dims), self._folder / entry["location"]
+        return np.memmap(path, dtype, "r", int(entry.get("offset", 0)), shape or (1,)).reshape(shape)
+
+
+def _halved(values: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.float16]:
+    """Values in FP16; what stands for infinity (a mask's -3.4e38) becomes the largest number."""
+    numbers = np.asarray(values, np.float32)
+    if np.isnan(numbers).any():
+        raise BackendError(f"weight {name} is not a number in places.", "Export the model again.")
+    return np.clip(numbers, -LARGEST, LARGEST).astype(np.float16)
+
+
+def _rewrite(
+    graph: onnx.GraphProto, network: set[int], floats: set[str], spec: StageSpec, weights: _Weights
+) -> None:
+    """Change the graph in place."""
+    from onnx import TensorProto, helper
+
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    half = {name for index in network for name in graph.node[index].output if name in floats}
+    half |= {name for name, tensor in spec.inputs.items() if tensor.dtype == "model"}
+    nodes: list[onnx.NodeProto] = []
+    made: dict[tuple[str, bool], str] = {}
+    kept: list[onnx.TensorProto] = []
+
+    def as_type(name: str, wanted_half: bool) -> str:
+        """The name under which a float tensor has the wanted type; makes it where needed."""
+        if name in initializers:
+            if (name, wanted_half) not in made:
+                tensor = weights.copy(initializers[name], wanted_half)
+                if (name, not wanted_half) in made:
+                    tensor.name = f"{name}.{'fp16' if wanted_half else 'fp32'}"
+                kept.append(tensor)
+                made[name, wanted_half] = tensor.name
+            return made[name, wanted_half]
+        if (name in half) == wanted_half:
+            return name
+        if (name, wanted_half) not in made:
+            made[name, wanted_half] = f"{name}.{'fp16' if wanted_half else 'fp32'}"
+            to = TensorProto.FLOAT16 if wanted_half else TensorProto.FLOAT
+            nodes.append(helper.make_node("Cast", [name], [made[name, wanted_half]], to=to))
+        return made[name, wanted_half]
+
+    for index, node in enumerate(graph.node):
+        for position, name in enumerate(node.input):
+            if name in floats:
+                stays = position in FLOAT_INPUTS.get(node.op_type, ())
+                node.input[position] = as_type(name, index in network and not stays)
+            elif name in initializers and (name, False) not in made:
+                kept.append(weights.copy(initializers[name], half=False))
+                made[name, False] = name
+        if index in network:
+            _retype(node)
+        nodes.append(node)
+    _restore_outputs(graph, nodes, half, spec)
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(kept)
+    for name in (name for name, tensor in spec.inputs.items() if tensor.dtype == "model"):
+        next(v for v in graph.input if v.name == name).type.tensor_type.elem_type = TensorProto.FLOAT16
+
+
+def _retype(node: onnx.NodeProto) -> None:
+    """Turn what a network's node itself says of FP32 into FP16."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    for attribute in node.attribute:
+        if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+            attribute.i = TensorProto.FLOAT16
+        elif attribute.HasField("t") and attribute.t.data_type == TensorProto.FLOAT:
+            values = _halved(numpy_helper.to_array(attribute.t), node.name)
+            attribute.t.CopyFrom(numpy_helper.from_array(values))
+        elif node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
+            numbers = attribute.f if attribute.name == "value_float" else list(attribute.floats)
+            values = _halved(np.asarray(numbers, np.float32), node.name)
+            attribute.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(values)))
+
+
+def _restore_outputs(
+    graph: onnx.GraphProto, nodes: list[onnx.NodeProto], half: set[str], spec: StageSpec
+) -> None:
+    """Give the outputs the types of the spec, under their own names."""
+    from onnx import TensorProto, helper
+
+    for output in graph.output:
+        is_model = output.name in spec.outputs and spec.outputs[output.name].dtype == "model"
+        if is_model:
+            output.type.tensor_type.elem_type = TensorProto.FLOAT16
+        if output.name in half and not is_model:
+            to, inner = TensorProto.FLOAT, f"{output.name}.fp16"
+        elif is_model and output.name not in half:
+            to, inner = TensorProto.FLOAT16, f"{output.name}.fp32"
+        else:
+            continue
+        for node in nodes:
+            for names in (node.input, node.output):
+                for position, name in enumerate(names):
+                    if name == output.name:
+                        names[position] = inner
+        nodes.append(helper.make_node("Cast", [inner], [output.name], to=to))

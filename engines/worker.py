@@ -1,0 +1,207 @@
+"""One engine, built in a process of its own.
+
+A builder holds gigabytes, cannot be interrupted from Python and may take its process down with it.
+So it gets one: Ctrl-C ends it at once, its memory goes with it, and a crash becomes an error. The
+parent writes a job as JSON to its standard input; it answers with one JSON event per line.
+Knows nothing of engine sets.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any
+
+from reelrt import errors
+from reelrt.engines.recipe import Built, Job
+from reelrt.errors import BackendError, ReelError
+from reelrt.progress import Progress, silent
+
+log = logging.getLogger("reelrt")
+
+Builder = Callable[[Job, Path, Progress], Built]
+"""A backend's `build`: the job, the graph in the job's precision, and whom to tell."""
+
+_PARENT_DIES = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+
+
+def run_job(job: Job, progress: Progress = silent) -> Built:
+    """Build one engine in a new process and wait for it.
+
+    Args:
+        job: What to build.
+        progress: Told of `build <stage>`, in steps of the builder's own count.
+
+    Returns:
+        What the builder says of the engine; the file stands at `job.output`.
+
+    Raises:
+        BackendError: The backend fails, crashes or is killed.
+        OSError: A file cannot be written (the disk is full, say).
+        KeyboardInterrupt: Ctrl-C; the process is gone by then.
+    """
+    what = f"build {job.spec.name}"
+    progress(what, 0, 1)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
+        # Polygraphy decides by this at its import which of the two libraries it drives.
+        "POLYGRAPHY_USE_TENSORRT_RTX": "1" if job.backend == "tensorrt_rtx" else "0",
+        "POLYGRAPHY_AUTOINSTALL_DEPS": "0",
+    }
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "reelrt.engines.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=noise,
+            env=environment,
+            encoding="utf-8",
+        )
+        try:
+            built = _converse(process, job, what, progress)
+            process.wait()
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+        if built is None:
+            noise.seek(0)
+            raise _crash(job, process.returncode, noise.read())
+    progress(what, 1, 1)
+    return built
+
+
+def _converse(process: subprocess.Popen[str], job: Job, what: str, progress: Progress) -> Built | None:
+    """Send the job, follow the events; None when the process ended without a result."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(job.to_json()))
+        process.stdin.close()
+    except BrokenPipeError:
+        return None
+    built = None
+    for line in process.stdout:
+        event = json.loads(line)
+        if "progress" in event:
+            done, total = event["progress"]
+            if done < total:
+                progress(what, done, total)
+        elif "log" in event:
+            log.log(event["level"], "%s: %s", what, event["log"])
+        elif "error" in event:
+            raise _error(event["error"])
+        else:
+            built = Built(**event["built"])
+    return built
+
+
+def _crash(job: Job, code: int, noise: str) -> BackendError:
+    last = " ".join(noise.strip().splitlines()[-1:])
+    if code == -signal.SIGKILL:
+        return BackendError(
+            f"the {job.backend} builder of {job.spec.name} was killed, most likely for want of memory.",
+            "Free memory, or build a smaller --size or fewer --frames.",
+        )
+    return BackendError(f"the {job.backend} builder of {job.spec.name} ended with status {code}: {last}")
+
+
+def _error(data: Mapping[str, Any]) -> Exception:
+    if data["type"] == "OSError":
+        return OSError(data["errno"], data["message"], data["filename"])
+    kind = getattr(errors, data["type"], BackendError)
+    error: ReelError = kind(data["message"], data["remedy"])
+    return error
+
+
+def _describe(error: Exception, job: Job) -> dict[str, Any]:
+    full = os.strerror(errno.ENOSPC)
+    if full in str(error):
+        return {"type": "OSError", "errno": errno.ENOSPC, "message": full, "filename": str(job.output)}
+    if isinstance(error, OSError) and error.strerror:
+        name = str(error.filename or job.output)
+        return {"type": "OSError", "errno": error.errno, "message": error.strerror, "filename": name}
+    if isinstance(error, ReelError):
+        return {"type": type(error).__name__, "message": error.message, "remedy": error.remedy}
+    text = " ".join(str(error).split())
+    message = f"{job.backend} cannot build {job.spec.name}: {type(error).__name__}: {text}"
+    return {"type": "BackendError", "message": message, "remedy": ""}
+
+
+class Events:
+    """The worker's side of the conversation."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def send(self, **event: Any) -> None:
+        """Tell the parent one thing."""
+        self._stream.write(json.dumps(event) + "\n")
+        self._stream.flush()
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """A `Progress` that the parent hears; it knows what is being built."""
+        del what
+        self.send(progress=[done, total])
+
+
+class _ToParent(logging.Handler):
+    def __init__(self, events: Events) -> None:
+        super().__init__(logging.INFO)
+        self._events = events
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._events.send(log=record.getMessage(), level=record.levelno)
+
+
+def build(job: Job, progress: Progress) -> Built:
+    """Build one engine in this process."""
+    from reelrt.engines.precision import convert
+
+    with tempfile.TemporaryDirectory(prefix=".reelrt-", dir=job.output.parent) as scratch:
+        graph = job.graph
+        if job.precision != job.graph_precision:
+            graph = convert(job.graph, Path(scratch) / job.graph.name, job.spec)
+        module = "onnxruntime" if job.backend == "onnxruntime" else "tensorrt"
+        builder: Builder = import_module(f"reelrt.engines.{module}").build
+        return builder(job, graph, progress)
+
+
+def _main() -> None:
+    # The parent ends this process when it is interrupted; the terminal must not do it twice.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PARENT_DIES, signal.SIGKILL)
+    # Libraries print to standard output; the parent shall see nothing there but events.
+    events = Events(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+    os.dup2(2, 1)
+    log.addHandler(_ToParent(events))
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    job = Job.from_json(json.load(sys.stdin))
+    try:
+        built = build(job, events.progress)
+    except Exception as error:  # noqa: BLE001 (the parent tells the user)
+        events.send(error=_describe(error, job))
+    else:
+        events.send(built=asdict(built))
+
+
+if __name__ == "__main__":
+    _main()
