@@ -42,7 +42,7 @@ def _write_stream(
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
     try:
-        with av.open(str(paths[0]), "w", options=container_options) as container:
+        with av.open(f"file:{paths[0]}", "w", options=container_options) as container:
             container.metadata["comment"] = comment
             stream = cast("VideoStream", container.add_stream(codec, rate=fps, options=options))
             stream.height, stream.width = frames.shape[1:3]
@@ -121,7 +121,7 @@ def _write_png(paths: Sequence[Path], frames: Frames, _fps: Fraction, comment: s
 def _read_stream(path: Path) -> str:
     import av
 
-    with av.open(str(path)) as container:
+    with av.open(f"file:{path}") as container:
         tags = {name.lower(): value for name, value in container.metadata.items()}
     return tags.get("comment", "")
 

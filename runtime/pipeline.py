@@ -18,7 +18,7 @@ import numpy as np
 
 from reelrt import __version__
 from reelrt.bundle.manifest import TOKENIZER, EngineSet
-from reelrt.errors import BackendError, Cancelled
+from reelrt.errors import BackendError, Cancelled, InputError
 from reelrt.progress import Progress, silent
 from reelrt.runtime.formats import Frames
 from reelrt.runtime.loop import Request, Slot, StepLoop
@@ -41,10 +41,13 @@ def load(folder: FilePath, *, threads: int | None = None, check: bool = True) ->
         check: Whether to verify the SHA-256 of every file first.
 
     Raises:
+        InputError: An impossible number of threads.
         IntegrityError: Not an engine set, or a file of it is missing or damaged.
         CompatibilityError: It was built for another backend version, device or machine.
         BackendError: No session of this version runs it, or its backend cannot open it.
     """
+    if threads is not None and threads < 1:
+        raise InputError(f"threads {threads} is not possible: give 1 or more.")
     engines = EngineSet.load(Path(folder), check)
     return TextToVideo(engines, open_sessions(engines, threads))
 

@@ -283,7 +283,7 @@ def test_latents_in(pipe):
         ({"guidance": "7"}, "guidance '7'"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 2**63}, "seed 9223372036854775808"),
-        ({"solver": "heun"}, "solver 'heun' is not available: choose one of one, two, broken"),
+        ({"solver": "heun"}, "solver 'heun' is not available: choose one of broken, one, two"),
         ({"frames": 1}, "frames 1 is not available: these engines take 2 to 8"),
         ({"frames": 9}, "frames 9 is not available: these engines take 2 to 8"),
         ({"frames": 4.0}, "frames 4.0 is not a whole number"),
@@ -409,3 +409,5 @@ def test_engine_sets_that_cannot_run_here(tmp_path):
         reelrt.load(damaged, check=False)
     with pytest.raises(IntegrityError, match=r"has no manifest\.json"):
         reelrt.load(tmp_path / "none")
+    with pytest.raises(InputError, match="threads 0"):
+        reelrt.load(damaged, threads=0)

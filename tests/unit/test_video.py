@@ -111,6 +111,16 @@ def test_same_video_same_bytes(tmp_path):
         assert one.read_bytes() == two.read_bytes(), suffix
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "webm", "gif", "png"])
+def test_any_name_will_do(tmp_path, monkeypatch, suffix):
+    """A colon is no protocol to the muxer, a percent sign no pattern."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a: 50%03d \u7ea2", "-i"):
+        path = make_video().save(f"{name}.{suffix}")
+        assert path.name.startswith(name)
+        assert read_metadata(path) == METADATA
+
+
 def test_an_existing_file_is_replaced_and_folders_are_made(tmp_path):
     path = tmp_path / "new" / "folder" / "a.mp4"
     make_video().save(path)
