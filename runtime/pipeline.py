@@ -272,12 +272,13 @@ class TextToVideo:
 
     def _metadata(self, job: Job, cut: dict[str, str]) -> dict[str, Any]:
         model = self.engines.pipeline.model
-        head = {"prompt": job.prompt, "negative_prompt": job.negative_prompt, "seed": job.seed}
         _, frames, height, width = job.shape
         scale = self.engines.pipeline.geometry.spatial_scale
         return {
-            **head,
+            "prompt": job.prompt,
+            "negative_prompt": job.negative_prompt,
             **cut,
+            "seed": job.seed,
             "steps": job.steps,
             "guidance": job.guidance,
             "solver": job.solver,
