@@ -65,7 +65,7 @@ lint: $(TEST_READY) ## ruff, mypy, and who may import whom
 
 .PHONY: clean
 clean: ## Remove what was built, but not the environment
-	rm -rf build/bundle build/engines build/engines-* build/video.mp4 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf build/lib build/bdist.* build/bundle build/engines build/engines-* build/video.mp4 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # $(1) the engine set's folder, $(2) target, $(3) backend. Both commands keep what is up to date.
 define make_engines

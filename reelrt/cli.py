@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from reelrt import __version__
-from reelrt.console import EXIT_CODES, command, end_on_sigterm, progress_bars, show
-from reelrt.errors import InputError
+from reelrt.console import EXIT_CODES, command, end_on_sigterm, note, progress_bars, show
+from reelrt.errors import InputError, IntegrityError
 
 EPILOG = "Exit codes: " + "; ".join(f"{code} {when}" for code, when in EXIT_CODES) + "."
 
@@ -59,6 +59,7 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Bundle folder to write.")],
     precision: Annotated[Precision, typer.Option(help="Type of the weights.")] = "fp32",
     cfg: Annotated[Cfg, typer.Option(help="How guidance is computed.")] = "split",
+    force: Annotated[bool, typer.Option("--force", help="Export even if nothing has changed.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -67,9 +68,14 @@ def export(
     from reelrt.export.exporter import export_bundle
 
     began = time.monotonic()
-    with progress_bars() as progress:
-        bundle = export_bundle(model, output, precision=precision, cfg=cfg, progress=progress)
-    show({**describe(bundle.folder), "seconds": time.monotonic() - began}, as_json)
+    up_to_date = not force and _is_export(output, model, precision, cfg)
+    if not up_to_date:
+        with progress_bars() as progress:
+            export_bundle(model, output, precision=precision, cfg=cfg, progress=progress)
+    elif not as_json:
+        note(f"{output} is up to date")
+        return
+    show({**describe(output), "up_to_date": up_to_date, "seconds": time.monotonic() - began}, as_json)
 
 
 @app.command(epilog=EPILOG)
@@ -205,6 +211,24 @@ def video_info(
     from reelrt.runtime.video import read_metadata
 
     show(read_metadata(file), as_json)
+
+
+def _is_export(output: Path, model: Path, precision: str, cfg: str) -> bool:
+    """Whether a bundle is what this version would export from a model, by its recorded hash."""
+    from reelrt.bundle.manifest import MANIFEST, Bundle
+    from reelrt.export.folder import open_folder
+
+    if not (output / MANIFEST).is_file():
+        return False
+    try:
+        bundle = Bundle.load(output)
+    except IntegrityError as error:
+        note(f"{output} is exported anew: {error.message}")
+        return False
+    made = (bundle.version, bundle.pipeline.cfg, bundle.stages["step"].precision)
+    return (
+        made == (__version__, cfg, precision) and bundle.pipeline.model.sha256 == open_folder(model).sha256()
+    )
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
