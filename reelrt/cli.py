@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -75,7 +76,8 @@ def export(
     elif not as_json:
         note(f"{output} is up to date")
         return
-    show({**describe(output), "up_to_date": up_to_date, "seconds": time.monotonic() - began}, as_json)
+    made = {**describe(output), "up_to_date": up_to_date, "seconds": time.monotonic() - began}
+    show(made if as_json else _overview(made), as_json)
 
 
 @app.command(epilog=EPILOG)
@@ -118,7 +120,8 @@ def build(
             batch=batch,
             progress=progress,
         )
-    show({**describe(engines.folder), "seconds": time.monotonic() - began}, as_json)
+    made = {**describe(engines.folder), "seconds": time.monotonic() - began}
+    show(made if as_json else _overview(made), as_json)
 
 
 @app.command(epilog=EPILOG)
@@ -197,7 +200,21 @@ def inspect(
     """Check a bundle or an engine set against its hashes, and show what it holds."""
     from reelrt.engines.inspection import describe
 
-    show(describe(folder), as_json)
+    found = describe(folder)
+    show(found if as_json else _overview(found), as_json)
+    if not found["intact"]:
+        raise typer.Exit(IntegrityError.exit_code)
+
+
+@app.command(epilog=EPILOG)
+@command
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Say what this machine can export, build and run, and what is missing."""
+    from dataclasses import asdict
+
+    from reelrt.engines.doctor import examine
+
+    show({"checks": [asdict(check) for check in examine()]}, as_json)
 
 
 @app.command("video-info", epilog=EPILOG)
@@ -211,6 +228,38 @@ def video_info(
     from reelrt.runtime.video import read_metadata
 
     show(read_metadata(file), as_json)
+
+
+def _overview(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A description of a bundle or an engine set, the part of it that people read."""
+    geometry, stages = found["geometry"], found["stages"]
+    names = ("kind", "folder", "reelrt", "intact", "damage", "backend", "backend_version", "target")
+    largest = found.get("largest", {})
+    picture = {**{name: geometry[name] for name in ("width", "height", "frames")}, **largest}
+    scalars = {
+        stage: {
+            name: value for name, value in entry.items() if not isinstance(value, Mapping) and name != "key"
+        }
+        for stage, entry in stages.items()
+    }
+    tensors = {
+        f"{stage} {name}": tensor
+        for stage, entry in stages.items()
+        for name, tensor in {**entry["inputs"], **entry["outputs"]}.items()
+    }
+    return {
+        **{name: found[name] for name in names if name in found},
+        "compute capability": found.get("compute_capability") or None,
+        "model": f"{found['model']['name']} ({found['model']['family']}, {found['model']['sha256'][:12]})",
+        "licence": found["model"]["licence"] or "not stated",
+        "largest video" if largest else "video": picture,
+        "guidance": f"{found['guidance']:g}, {found['cfg']}",
+        "solvers": ", ".join(found["schedules"]),
+        "total_bytes": found["total_bytes"],
+        "stages": scalars,
+        "tensors": tensors,
+        **({"seconds": found["seconds"]} if "seconds" in found else {}),
+    }
 
 
 def _is_export(output: Path, model: Path, precision: str, cfg: str) -> bool:

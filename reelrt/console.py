@@ -33,6 +33,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from reelrt.errors import ReelError
 
@@ -52,6 +53,8 @@ INPUT_CODE, SYSTEM_CODE, INTERRUPTED_CODE = 2, 7, 130
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+_STATUS = {"ok": "green", "warn": "yellow", "missing": "red"}
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -142,7 +145,8 @@ def show(data: Mapping[str, Any], as_json: bool) -> None:
         sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
         sys.stdout.flush()
     else:
-        Console(highlight=False).print(_render(data))
+        # In a pipe nothing is broken over lines.
+        Console(highlight=False, width=None if sys.stdout.isatty() else 1000).print(_render(data))
 
 
 def _render(data: Mapping[str, Any]) -> RenderableType:
@@ -154,8 +158,7 @@ def _render(data: Mapping[str, Any]) -> RenderableType:
         if rows is not None:
             parts += [f"[bold]{_title(name)}[/]", Padding(_table(rows), (0, 0, 0, 2))]
         elif isinstance(value, Mapping) and value:
-            seconds = name.endswith("seconds")
-            inner = {f"{key}_seconds": each for key, each in value.items()} if seconds else value
+            inner = {f"{key}_seconds": each for key, each in value.items()} if name == "seconds" else value
             parts += [f"[bold]{_title(name)}[/]", Padding(_render(inner), (0, 0, 0, 2))]
         else:
             plain.add_row(_title(name), escape(_text(name, value)))
@@ -175,7 +178,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(*(_title(name) for name in names), box=None, padding=(0, 2, 0, 0))
     for row in rows:
-        table.add_row(*(escape(_text(name, row.get(name))) for name in names))
+        texts = [_text(name, row.get(name)) for name in names]
+        table.add_row(*(Text(text, _STATUS.get(text, "")) for text in texts))
     return table
 
 

@@ -40,7 +40,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert set(json.loads(exported.stdout)["stages"]) == {"text_encoder", "step", "vae_decoder"}
     built = reelrt("build", folder / "bundle", "-o", folder / "engines", "--backend", "onnxruntime", "--json")
     assert built.returncode == 0, built.stderr
-    assert set(json.loads(built.stdout)["engines"]) == {"text_encoder", "step", "vae_decoder"}
+    assert set(json.loads(built.stdout)["stages"]) == {"text_encoder", "step", "vae_decoder"}
     return folder
 
 
