@@ -1,0 +1,1 @@
+"""Bundle to engines for one device: TensorRT, TensorRT-RTX, ONNX Runtime; cache keys, inspection."""

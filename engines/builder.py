@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -252,11 +253,11 @@ def _files_of(engines: EngineSet, engine: Engine) -> dict[str, str]:
 
 
 def _link(engines: EngineSet, engine: Engine, folder: Path) -> None:
-    """Take an engine over without copying its bytes, where the file system can."""
+    """Take an engine over, without copying its bytes where the file system can."""
     for name in _files_of(engines, engine):
-        try:
+        with suppress(OSError):
             os.link(engines.folder / name, folder / name)
-        except OSError:
+        if not (folder / name).exists():
             shutil.copy2(engines.folder / name, folder / name)
 
 

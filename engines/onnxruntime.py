@@ -14,6 +14,7 @@ from reelrt.errors import BackendError
 from reelrt.progress import Progress
 
 _EXTERNAL_BYTES = "1024"
+_PROBE_BYTES = 1 << 20
 
 
 def build(job: Job, graph: Path, progress: Progress) -> Built:
@@ -28,7 +29,8 @@ def build(job: Job, graph: Path, progress: Progress) -> Built:
         Bytes of the weights; activations are not known before a session runs.
 
     Raises:
-        BackendError: ONNX Runtime cannot load the graph or write the result.
+        BackendError: ONNX Runtime cannot load the graph.
+        OSError: The result cannot be written.
     """
     del progress
     import onnxruntime as ort
@@ -45,9 +47,20 @@ def build(job: Job, graph: Path, progress: Progress) -> Built:
     try:
         ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base class
+        _probe(job.output, job.output.with_name(weights))
         raise BackendError(f"ONNX Runtime cannot optimise {job.graph.name}: {_sentence(error)}") from error
     data = job.output.with_name(weights)
     return Built(weight_bytes=data.stat().st_size if data.exists() else job.output.stat().st_size)
+
+
+def _probe(*files: Path) -> None:
+    """Write a little to each file: ONNX Runtime does not say why a write failed, the system does.
+
+    Raises:
+        OSError: The disk is full, say.
+    """
+    for path in files:
+        path.write_bytes(bytes(_PROBE_BYTES))
 
 
 def _sentence(error: Exception) -> str:

@@ -154,7 +154,7 @@ class _Weights:
         new.data_location = TensorProto.EXTERNAL
         for key, value in location.items():
             new.external_data.add(key=key, value=str(value))
-        self._data.write(memoryview(np.ascontiguousarray(values).view(np.uint8).reshape(-1)))
+        np.ascontiguousarray(values).tofile(self._data)
         return new
 
     def _read(self, tensor: onnx.TensorProto) -> npt.NDArray[np.generic]:

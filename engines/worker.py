@@ -40,7 +40,7 @@ def run_job(job: Job, progress: Progress = silent) -> Built:
 
     Args:
         job: What to build.
-        progress: Told of `build <stage>`, in steps of the builder's own count.
+        progress: Told of `build <stage>`, in percent where the builder says how far it is.
 
     Returns:
         What the builder says of the engine; the file stands at `job.output`.
@@ -81,7 +81,6 @@ def run_job(job: Job, progress: Progress = silent) -> Built:
         if built is None:
             noise.seek(0)
             raise _crash(job, process.returncode, noise.read())
-    progress(what, 1, 1)
     return built
 
 
@@ -94,12 +93,12 @@ def _converse(process: subprocess.Popen[str], job: Job, what: str, progress: Pro
         process.stdin.close()
     except BrokenPipeError:
         return None
-    built = None
+    built, total = None, 1
     for line in process.stdout:
         event = json.loads(line)
         if "progress" in event:
             done, total = event["progress"]
-            if done < total:
+            if done < total:  # the last one is told when the file is written
                 progress(what, done, total)
         elif "log" in event:
             log.log(event["level"], "%s: %s", what, event["log"])
@@ -107,6 +106,7 @@ def _converse(process: subprocess.Popen[str], job: Job, what: str, progress: Pro
             raise _error(event["error"])
         else:
             built = Built(**event["built"])
+            progress(what, total, total)
     return built
 
 

@@ -1,0 +1,1 @@
+"""What the device is: targets, boards, GPU, memory."""

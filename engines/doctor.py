@@ -1,0 +1,188 @@
+"""What this machine can export, build and run, and what is missing for it.
+
+Looks packages up without importing them (torch alone would take seconds), with one exception:
+PyAV is asked for its codecs.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from reelrt.engines.backends import BACKENDS, RTX_CAPABILITIES, installed, version
+from reelrt.errors import BackendError
+from reelrt.jetson.device import Device, detect
+
+Status = Literal["ok", "warn", "missing"]
+
+MIN_MEMORY = 4 * 2**30
+MIN_DISK = 5 * 2**30
+EXPORT_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
+CODECS = {"libx264": ".mp4", "libvpx-vp9": ".webm", "gif": ".gif", "png": ".png"}
+"""Encoder to the ending of the videos that need it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What it is.
+        status: `ok`; `warn`, when something works less well without it; or `missing`.
+        detail: What was found.
+        remedy: What to do about it; empty when there is nothing to do.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+def examine(folder: Path = Path()) -> list[Check]:
+    """Look at this machine.
+
+    Args:
+        folder: Where bundles and engines shall be written; its disk is looked at.
+
+    Returns:
+        The checks in reading order: the machine, the packages, then what can be done with them.
+    """
+    device = detect()
+    packages = [
+        _package("onnxruntime", "missing", BACKENDS["onnxruntime"].remedy),
+        *(_package(name, "warn", BACKENDS[name].remedy) for name in ("tensorrt_rtx", "tensorrt")),
+        _package("polygraphy", "warn", "Install it: pip install 'reelrt[rtx]'."),
+        *(_package(name, "warn", "Install it: pip install 'reelrt[export]'.") for name in EXPORT_MODULES),
+        _cuda(device),
+        _codecs(),
+    ]
+    return [*_machine(device, folder), *packages, *_abilities(device, packages)]
+
+
+def _machine(device: Device, folder: Path) -> list[Check]:
+    python = platform.python_version()
+    supported = (3, 10) <= sys.version_info[:2] <= (3, 13)
+    memory, free = device.memory_bytes, _free(folder)
+    return [
+        Check(
+            "Python", "ok" if supported else "warn", python, "" if supported else "Use Python 3.10 to 3.13."
+        ),
+        Check("CPU", "ok", f"{device.cpu}, {device.cpu_cores} cores, {' '.join(device.cpu_features)}"),
+        _gpu(device),
+        *([Check("Jetson", "ok", f"{device.jetson}, JetPack {device.jetpack}")] if device.jetson else []),
+        Check(
+            "Memory",
+            "ok" if memory >= MIN_MEMORY else "warn",
+            _gib(memory),
+            "" if memory >= MIN_MEMORY else f"Exporting and building take {_gib(MIN_MEMORY)} and more.",
+        ),
+        Check(
+            "Disk",
+            "ok" if free >= MIN_DISK else "warn",
+            f"{_gib(free)} free in {folder.absolute()}",
+            "" if free >= MIN_DISK else "Free some space: a large model's bundle and engines take 6 GiB.",
+        ),
+    ]
+
+
+def _gpu(device: Device) -> Check:
+    gpu = device.gpu
+    if gpu is None:
+        remedy = "With an NVIDIA GPU in this machine, install its driver."
+        return Check("GPU", "warn", "no NVIDIA GPU, or no driver for it", remedy)
+    memory = f"{_gib(gpu.memory_bytes)}, driver for CUDA {gpu.cuda}"
+    return Check("GPU", "ok", f"{gpu.name}, compute capability {gpu.compute_capability}, {memory}")
+
+
+def _package(module: str, absent: Status, remedy: str) -> Check:
+    """A package by its module's name."""
+    if not installed(module):
+        return Check(module, absent, "not installed", remedy)
+    return Check(module, "ok", f"{_version(module)}{_providers() if module == 'onnxruntime' else ''}")
+
+
+def _version(module: str) -> str:
+    if module in BACKENDS:
+        try:
+            return version(BACKENDS[module])
+        except BackendError as error:
+            return error.message
+    try:
+        return metadata.version(module)
+    except metadata.PackageNotFoundError:
+        return "installed"
+
+
+def _providers() -> str:
+    import onnxruntime
+
+    return f" ({', '.join(onnxruntime.get_available_providers())})"
+
+
+def _cuda(device: Device) -> Check:
+    """CUDA from Python, which only a machine with a GPU has a use for."""
+    try:
+        return Check("cuda-bindings", "ok", metadata.version("cuda-bindings"))
+    except metadata.PackageNotFoundError:
+        pass
+    if device.gpu is None:
+        return Check("cuda-bindings", "ok", "not installed; nothing here needs it")
+    return Check("cuda-bindings", "warn", "not installed", "Install it: pip install cuda-bindings.")
+
+
+def _codecs() -> Check:
+    if not installed("av"):
+        return Check("PyAV", "missing", "not installed", "Install it: pip install av.")
+    from av.codec import codecs_available
+
+    lacking = [f"{codec} ({ending})" for codec, ending in CODECS.items() if codec not in codecs_available]
+    found = f"{_version('av')} with {', '.join(codec for codec in CODECS if codec in codecs_available)}"
+    if lacking:
+        remedy = "Install the wheel from the package index: pip install --force-reinstall av."
+        return Check("PyAV", "warn", f"{found}; without {', '.join(lacking)}", remedy)
+    return Check("PyAV", "ok", found)
+
+
+def _abilities(device: Device, packages: Iterable[Check]) -> list[Check]:
+    """What can be done with all that."""
+    there = {check.name for check in packages if check.status == "ok"}
+    onnx = {"onnx", "polygraphy"} <= there
+    rtx, full = onnx and "tensorrt_rtx" in there, onnx and "tensorrt" in there and device.gpu is not None
+    gpu = device.gpu.compute_capability if device.gpu else ""
+    builds = [
+        *(["onnxruntime engines for this CPU"] if "onnxruntime" in there else []),
+        *([f"tensorrt_rtx engines for compute capability {', '.join(RTX_CAPABILITIES)}"] if rtx else []),
+        *([f"tensorrt engines for this device ({gpu})"] if full else []),
+    ]
+    runs = ["onnxruntime engines"] if "onnxruntime" in there else []
+    lacking = [name for name in EXPORT_MODULES if name not in there]
+    export = f"without {', '.join(lacking)}" if lacking else "diffusers folders to bundles"
+    return [
+        _ability("Can export", not lacking, export, "Install it: pip install 'reelrt[export]'."),
+        _ability("Can build", bool(builds), "; ".join(builds), BACKENDS["onnxruntime"].remedy),
+        _ability("Can run", bool(runs), "; ".join(runs), BACKENDS["onnxruntime"].remedy),
+    ]
+
+
+def _ability(name: str, able: bool, detail: str, remedy: str) -> Check:
+    return Check(name, "ok" if able else "missing", detail or "nothing", "" if able else remedy)
+
+
+def _free(folder: Path) -> int:
+    """Free bytes for a folder that need not exist yet."""
+    for place in (folder.absolute(), *folder.absolute().parents):
+        if place.exists() and os.access(place, os.R_OK):
+            return shutil.disk_usage(place).free
+    return 0
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
