@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from reelrt.bundle.spec import TABLE_COLUMNS
 from reelrt.errors import RangeError
@@ -58,7 +58,7 @@ class Schedule:
     @property
     def history_rows(self) -> int:
         """State rows the recurrence needs: the samples and the older outputs."""
-        return self.samples.shape[1] + self.outputs.shape[1] - 1
+        return int(self.samples.shape[1] + self.outputs.shape[1] - 1)
 
     def rows(self, guidance: npt.ArrayLike, cfg: Cfg) -> int:
         """Number of table rows, which is the number of launches of the step graph."""
@@ -176,7 +176,8 @@ class Schedules:
             tensors[f"{solver}/{steps}"] = np.hstack([*columns, schedule.samples, schedule.outputs])
             tensors[f"{solver}/{steps}/init_noise_sigma"] = np.array([schedule.init_noise_sigma])
             orders[solver] = f"{schedule.samples.shape[1]},{schedule.outputs.shape[1]}"
-        save_file(tensors, path, metadata=orders)
+        # Not `save_file`, which hides the file from other users.
+        path.write_bytes(save(tensors, metadata=orders))
 
     @classmethod
     def load(cls, path: Path) -> Schedules:

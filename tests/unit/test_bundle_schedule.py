@@ -108,6 +108,13 @@ def test_saved_schedules_come_back(tmp_path):
             assert np.array_equal(getattr(one, field), getattr(two, field)), field
 
 
+def test_saved_schedules_are_as_readable_as_any_file(tmp_path):
+    Schedules([make_schedule()]).save(tmp_path / "schedules.safetensors")
+    (tmp_path / "any").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 def test_what_was_not_compiled_is_named():
     schedules = Schedules([make_schedule(1, 1, "ddim", steps) for steps in (1, 2, 3)])
     with pytest.raises(RangeError, match="solver 'euler' is not available: choose one of ddim"):

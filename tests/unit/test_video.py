@@ -41,7 +41,7 @@ def make_video(width=64, height=48, frames=6, metadata=METADATA):
 def decode(path):
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        # Said in full: PyAV before 15 does not read the colours off the tags.
+        # Said in full, so that no version of PyAV guesses.
         colours = {"src_colorspace": "ITU709", "dst_color_range": "JPEG"}
         frames = [
             frame.reformat(format="rgb24", **colours).to_ndarray() for frame in container.decode(video=0)

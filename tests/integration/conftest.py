@@ -1,0 +1,52 @@
+"""Engine sets of small random models, made once for all tests that run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import reelrt
+from reelrt.engines.builder import build_engines
+from reelrt.export.exporter import export_bundle
+from tests.models import MODELS
+
+SHIPPED = Path(__file__).parents[2] / "models" / "moving-shapes"
+SIZES = {"small": (16, 64, 64), "odd": (12, 56, 40), SHIPPED.name: (16, 64, 64)}
+"""Model to its largest video: frames, width, height."""
+
+Made = Callable[[str], tuple[Path, Path]]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A model's name to its diffusers folder and its engine set, made when first asked for."""
+    folders: dict[str, tuple[Path, Path]] = {}
+
+    def make(name: str) -> tuple[Path, Path]:
+        if name not in folders:
+            root = tmp_path_factory.mktemp(name)
+            source = SHIPPED if name == SHIPPED.name else MODELS[name](root / "model")
+            if not (source / "model_index.json").exists():
+                pytest.skip(f"{source} holds no model yet")
+            export_bundle(source, root / "bundle")
+            frames, width, height = SIZES[name]
+            size = (width, height)
+            build_engines(root / "bundle", root / "engines", backend="onnxruntime", size=size, frames=frames)
+            folders[name] = source, root / "engines"
+        return folders[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_engines(made: Made) -> Path:
+    """The engine set of `tests.models.small_model`."""
+    return made("small")[1]
+
+
+@pytest.fixture(scope="session")
+def small_pipe(small_engines: Path) -> reelrt.TextToVideo:
+    """The same, loaded."""
+    return reelrt.load(small_engines)
