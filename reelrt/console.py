@@ -156,10 +156,10 @@ def _render(data: Mapping[str, Any]) -> RenderableType:
     for name, value in data.items():
         rows = _rows(value)
         if rows is not None:
-            parts += [f"[bold]{_title(name)}[/]", Padding(_table(rows), (0, 0, 0, 2))]
+            parts += [f"[bold]{_title(name)}[/]", Padding.indent(_table(rows), 2)]
         elif isinstance(value, Mapping) and value:
             inner = {f"{key}_seconds": each for key, each in value.items()} if name == "seconds" else value
-            parts += [f"[bold]{_title(name)}[/]", Padding(_render(inner), (0, 0, 0, 2))]
+            parts += [f"[bold]{_title(name)}[/]", Padding.indent(_render(inner), 2)]
         else:
             plain.add_row(_title(name), escape(_text(name, value)))
     return Group(*[part for part in parts if part is not plain or plain.row_count])

@@ -1,4 +1,4 @@
-"""The commands as a user runs them: a random small model becomes a bundle, engines and videos."""
+"""The commands as a user runs them: a tiny random model becomes a bundle, engines and videos."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import small_model
+from tests.models import _save, _vae
 
 pytestmark = pytest.mark.timeout(600)
 PROMPT = "a red circle moving right"
@@ -30,11 +30,29 @@ def tree(folder: Path) -> dict[str, str]:
     }
 
 
+def tiny_model(folder: Path) -> Path:
+    """One block without attention: the least that can be exported, in the least time."""
+    import torch
+    from diffusers import UNet3DConditionModel
+
+    unet = UNet3DConditionModel(
+        sample_size=16,
+        down_block_types=("DownBlock3D",),
+        up_block_types=("UpBlock3D",),
+        block_out_channels=(16,),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=4,
+    )
+    return _save(folder, unet, _vae((8, 8), attention=False), 16, None, torch.float32)
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model`, `bundle` and `engines`, each made by the command of its own."""
     folder = tmp_path_factory.mktemp("cli")
-    small_model(folder / "model")
+    tiny_model(folder / "model")
     exported = reelrt("export", folder / "model", "-o", folder / "bundle", "--json")
     assert exported.returncode == 0, exported.stderr
     assert set(json.loads(exported.stdout)["stages"]) == {"text_encoder", "step", "vae_decoder"}
