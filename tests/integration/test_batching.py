@@ -15,6 +15,7 @@ PROMPTS = [
     "a white circle shrinking on a gray background",
     "a purple square moving down on a black background",
 ]
+FRAMES, SIZE = 4, (48, 32)
 
 
 def make_request(pipe, prompt, seed, steps, guidance=7.5, solver="ddim"):
@@ -25,8 +26,8 @@ def make_request(pipe, prompt, seed, steps, guidance=7.5, solver="ddim"):
         steps=steps,
         guidance=guidance,
         seed=seed,
-        frames=None,
-        size=None,
+        frames=FRAMES,
+        size=SIZE,
         solver=solver,
         latents=None,
     )
@@ -42,7 +43,7 @@ def run(loop, slot):
 
 @pytest.fixture
 def loop(small_pipe):
-    return StepLoop(small_pipe._sessions.open_step((4, 16, 8, 8)))
+    return StepLoop(small_pipe._sessions.open_step((4, 4, 4, 6)))
 
 
 def test_joining_a_running_batch_at_step_9(small_pipe, loop):
@@ -69,10 +70,11 @@ def test_joining_a_running_batch_at_step_9(small_pipe, loop):
 
 def test_more_prompts_than_slots(small_pipe):
     assert small_pipe.engines.engines["step"].profile["batch"].max < len(PROMPTS)
-    together = small_pipe.generate(PROMPTS, steps=3, seed=20)
+    options = {"steps": 3, "frames": FRAMES, "size": SIZE}
+    together = small_pipe.generate(PROMPTS, seed=20, **options)
     assert [video.metadata["prompt"] for video in together] == PROMPTS
     for index, video in enumerate(together):
-        alone = small_pipe.generate(PROMPTS[index], steps=3, seed=20 + index)
+        alone = small_pipe.generate(PROMPTS[index], seed=20 + index, **options)
         assert video.latents.tobytes() == alone.latents.tobytes()
         assert video.frames.tobytes() == alone.frames.tobytes()
 
