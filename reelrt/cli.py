@@ -77,7 +77,7 @@ def export(
         note(f"{output} is up to date")
         return
     made = {**describe(output), "up_to_date": up_to_date, "seconds": time.monotonic() - began}
-    show(made if as_json else _overview(made), as_json)
+    show(made if as_json else _brief(made), as_json)
 
 
 @app.command(epilog=EPILOG)
@@ -107,7 +107,7 @@ def build(
     from reelrt.engines.builder import build_engines
     from reelrt.engines.inspection import describe
 
-    began = time.monotonic()
+    began, before = time.monotonic(), _manifest_time(output)
     with progress_bars() as progress:
         engines = build_engines(
             bundle,
@@ -120,8 +120,10 @@ def build(
             batch=batch,
             progress=progress,
         )
-    made = {**describe(engines.folder), "seconds": time.monotonic() - began}
-    show(made if as_json else _overview(made), as_json)
+    up_to_date = _manifest_time(output) == before
+    made = {**describe(engines.folder), "up_to_date": up_to_date, "seconds": time.monotonic() - began}
+    if as_json or not up_to_date:
+        show(made if as_json else _brief(made), as_json)
 
 
 @app.command(epilog=EPILOG)
@@ -236,12 +238,6 @@ def _overview(found: Mapping[str, Any]) -> dict[str, Any]:
     names = ("kind", "folder", "reelrt", "intact", "damage", "backend", "backend_version", "target")
     largest = found.get("largest", {})
     picture = {**{name: geometry[name] for name in ("width", "height", "frames")}, **largest}
-    scalars = {
-        stage: {
-            name: value for name, value in entry.items() if not isinstance(value, Mapping) and name != "key"
-        }
-        for stage, entry in stages.items()
-    }
     tensors = {
         f"{stage} {name}": tensor
         for stage, entry in stages.items()
@@ -256,9 +252,25 @@ def _overview(found: Mapping[str, Any]) -> dict[str, Any]:
         "guidance": f"{found['guidance']:g}, {found['cfg']}",
         "solvers": ", ".join(found["schedules"]),
         "total_bytes": found["total_bytes"],
-        "stages": scalars,
+        "stages": _stages(found),
         "tensors": tensors,
-        **({"seconds": found["seconds"]} if "seconds" in found else {}),
+    }
+
+
+def _brief(made: Mapping[str, Any]) -> dict[str, Any]:
+    """What people read after an export or a build; `reelrt inspect` shows the rest."""
+    names = ("total_bytes", "backend", "backend_version", "target")
+    head = {name: made[name] for name in names if name in made}
+    return {"wrote": made["folder"], **head, "took_seconds": made["seconds"], "stages": _stages(made)}
+
+
+def _stages(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Stage to what of its description is neither a mapping nor a key."""
+    return {
+        stage: {
+            name: value for name, value in entry.items() if not isinstance(value, Mapping) and name != "key"
+        }
+        for stage, entry in found["stages"].items()
     }
 
 
@@ -278,6 +290,14 @@ def _is_export(output: Path, model: Path, precision: str, cfg: str) -> bool:
     return (
         made == (__version__, cfg, precision) and bundle.pipeline.model.sha256 == open_folder(model).sha256()
     )
+
+
+def _manifest_time(folder: Path) -> int:
+    """When a folder was made, in nanoseconds; 0 when it was not."""
+    from reelrt.bundle.manifest import MANIFEST
+
+    path = folder / MANIFEST
+    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from tests.models import _save, _vae
 
 pytestmark = pytest.mark.timeout(600)
 PROMPT = "a red circle moving right"
+# The commands run in other folders, and must find this checkout where it is not installed.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def reelrt(*words: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "reelrt", *map(str, words)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -188,7 +191,7 @@ def test_stopping_an_export_leaves_nothing_and_keeps_the_old_bundle(
 ) -> None:
     before, siblings = tree(work / "bundle"), sorted(work.iterdir())
     command = [sys.executable, "-m", "reelrt", "export", "model", "-o", "bundle", "--cfg", "batched"]
-    process = subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=work, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while sorted(work.iterdir()) == siblings and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
