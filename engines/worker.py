@@ -170,12 +170,15 @@ class _ToParent(logging.Handler):
 
 def build(job: Job, progress: Progress) -> Built:
     """Build one engine in this process."""
+    from reelrt.engines.casts import cast_last
     from reelrt.engines.precision import convert
 
     with tempfile.TemporaryDirectory(prefix=".reelrt-", dir=job.output.parent) as scratch:
         graph = job.graph
         if job.precision != job.graph_precision:
             graph = convert(job.graph, Path(scratch) / job.graph.name, job.spec)
+        if job.backend != "onnxruntime":
+            graph = cast_last(graph, Path(scratch), job.spec)
         module = "onnxruntime" if job.backend == "onnxruntime" else "tensorrt"
         builder: Builder = import_module(f"reelrt.engines.{module}").build
         return builder(job, graph, progress)
