@@ -57,6 +57,8 @@ def test_same_as_diffusers(pipelines, name, solver, steps, guidance):
     expected = reference(
         PROMPT,
         negative_prompt=NEGATIVE,
+        height=height,
+        width=width,
         num_inference_steps=steps,
         guidance_scale=guidance,
         latents=torch.from_numpy(noise),
