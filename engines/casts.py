@@ -6,8 +6,7 @@ frames after the cast. The order makes no difference to the values.
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,7 @@ def cast_last(source: Path, scratch: Path, spec: StageSpec) -> Path:
 
     Args:
         source: The graph.
-        scratch: Folder for the changed graph; the weights are linked into it.
+        scratch: Folder for the changed graph; the weights are copied into it.
         spec: The stage's boundary, which says what outputs are uint8.
 
     Returns:
@@ -37,12 +36,15 @@ def cast_last(source: Path, scratch: Path, spec: StageSpec) -> Path:
     import onnx
 
     model = onnx.load(str(source), load_external_data=False)
-    if not any([_sink(model.graph, name) for name in names]):
+    moved = [_sink(model.graph, name) for name in names]
+    if not any(moved):
         return source
     target = scratch / f"cast-last-{source.name}"
     onnx.save(model, str(target))
     for weights in _weight_files(model.graph):
-        _link(source.parent / weights, scratch / weights)
+        if not (scratch / weights).exists():  # a converted graph stands in the scratch folder itself
+            # No link: onnx refuses weights that are one. Only decoders come here, which are small.
+            shutil.copyfile(source.parent / weights, scratch / weights)
     return target
 
 
@@ -74,12 +76,3 @@ def _sink(graph: onnx.GraphProto, output: str) -> bool:
 def _weight_files(graph: onnx.GraphProto) -> set[str]:
     entries = (entry for tensor in graph.initializer for entry in tensor.external_data)
     return {entry.value for entry in entries if entry.key == "location"}
-
-
-def _link(source: Path, target: Path) -> None:
-    if target.exists():  # the source stands in the scratch folder itself
-        return
-    with suppress(OSError):
-        os.link(source, target)
-    if not target.exists():
-        target.symlink_to(source.absolute())

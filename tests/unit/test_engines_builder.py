@@ -79,7 +79,11 @@ def test_the_set_runs_and_agrees_with_the_bundle(bundle, built):
 
 def test_the_manifest_says_what_was_built(bundle, built):
     engines = EngineSet.load(built)
-    assert (engines.backend, engines.backend_version, engines.target) == ("onnxruntime", ort.__version__, "host")
+    assert (engines.backend, engines.backend_version, engines.target) == (
+        "onnxruntime",
+        ort.__version__,
+        "host",
+    )
     assert engines.bundle == Bundle.load(bundle).sha256
     assert {"LICENSE", "tokenizer.json", "schedules.safetensors"} <= set(engines.files)
     for engine in engines.engines.values():
@@ -104,7 +108,8 @@ def test_the_check_needs_no_heavy_import(bundle, engines):
     code = (
         "import sys; from pathlib import Path; from reelrt.engines.builder import build_engines;"
         f"build_engines(Path({str(bundle)!r}), Path({str(engines)!r}));"
-        "print([m for m in ('onnx', 'onnxruntime', 'torch', 'polygraphy', 'tensorrt_rtx') if m in sys.modules])"
+        "heavy = ('onnx', 'onnxruntime', 'torch', 'polygraphy', 'tensorrt_rtx');"
+        "print([m for m in heavy if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
@@ -147,7 +152,9 @@ def test_a_damaged_tokenizer_is_put_back_without_a_build(bundle, engines):
     assert told == []
 
 
-@pytest.mark.parametrize("manifest", ["", "[]", '{"kind": "engines", "schema": 1}', '{"kind": "bundle", "schema": 1}'])
+@pytest.mark.parametrize(
+    "manifest", ["", "[]", '{"kind": "engines", "schema": 1}', '{"kind": "bundle", "schema": 1}']
+)
 def test_a_broken_manifest_means_a_new_build(bundle, engines, manifest):
     (engines / "manifest.json").write_text(manifest)
     build_engines(bundle, engines)
@@ -183,7 +190,9 @@ def test_fp32_cannot_be_made_of_fp16(bundle, tmp_path):
     for stage in data["stages"].values():
         stage["precision"] = "fp16"
     (half / "manifest.json").write_text(json.dumps(data))
-    with pytest.raises(InputError, match="holds fp16 weights, and fp32 cannot be made of them.*--precision fp32"):
+    with pytest.raises(
+        InputError, match="holds fp16 weights, and fp32 cannot be made of them.*--precision fp32"
+    ):
         build_engines(half, tmp_path / "engines", precision="fp32")
 
 

@@ -1,0 +1,89 @@
+"""TensorRT-RTX really builds an exported model for an RTX 3060, on any machine with an x86-64 CPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from pathlib import Path
+
+import pytest
+
+from reelrt.bundle.manifest import EngineSet
+from reelrt.engines.backends import installed
+from reelrt.engines.builder import build_engines
+
+pytestmark = [
+    pytest.mark.skipif(not installed("tensorrt_rtx"), reason="tensorrt_rtx is not installed"),
+    pytest.mark.timeout(900),
+]
+
+
+@pytest.fixture(scope="module")
+def bundle(small_engines: Path) -> Path:
+    return small_engines.parent / "bundle"
+
+
+@pytest.fixture(scope="module")
+def sets(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[EngineSet, list[str]]]:
+    """Precision to engine set and what the builder warned of."""
+    root, found = tmp_path_factory.mktemp("rtx"), {}
+    for precision in ("fp32", "fp16"):
+        warned: list[str] = []
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record, kept=warned: kept.append(record.getMessage())  # type: ignore[method-assign,misc]
+        logger = logging.getLogger("reelrt")
+        logger.addHandler(handler)
+        try:
+            engines = build_engines(bundle, root / precision, target="rtx3060", precision=precision)
+        finally:
+            logger.removeHandler(handler)
+        found[precision] = engines, warned
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_all_three_stages_are_built_without_a_gpu(sets, precision):
+    engines, _ = sets[precision]
+    assert (engines.backend, engines.target, engines.compute_capability) == ("tensorrt_rtx", "rtx3060", "8.6")
+    assert engines.backend_version == importlib.metadata.version("tensorrt_rtx")
+    assert set(engines.engines) == {"text_encoder", "step", "vae_decoder"}
+    for engine in engines.engines.values():
+        assert engine.precision == precision
+        assert (engines.folder / engine.file).stat().st_size > engine.weight_bytes > 10_000
+        assert engine.activation_bytes > 100_000
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_builder_warns_of_nothing(sets, precision):
+    assert sets[precision][1] == []
+
+
+def test_fp16_halves_the_weights(sets):
+    full, half = sets["fp32"][0].engines, sets["fp16"][0].engines
+    for name, engine in half.items():
+        assert engine.weight_bytes < 0.6 * full[name].weight_bytes
+
+
+def test_fp16_is_what_a_gpu_gets_and_nothing_is_built_twice(bundle, sets):
+    folder = sets["fp16"][0].folder
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    told: list[tuple] = []
+    build_engines(bundle, folder, target="rtx3060", progress=lambda *event: told.append(event))
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert told == []
+
+
+def test_another_gpu_rebuilds_and_the_progress_is_told_in_percent(bundle, sets, tmp_path, caplog):
+    del tmp_path
+    told: list[tuple[str, int, int]] = []
+    folder = sets["fp32"][0].folder
+    with caplog.at_level(logging.INFO, "reelrt"):
+        engines = build_engines(
+            bundle, folder, target="rtx4060", precision="fp32", frames=2, progress=lambda *e: told.append(e)
+        )
+    assert "compute_capability: 8.6 -> 8.9" in caplog.text
+    assert engines.compute_capability == "8.9"
+    percents = [done for what, done, total in told if what == "build step" and total == 100]
+    assert percents == sorted(percents)
+    assert percents[-1] == 100
+    assert len(percents) > 5
