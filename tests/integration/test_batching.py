@@ -8,6 +8,8 @@ import pytest
 from reelrt.runtime.loop import Request, StepLoop
 from reelrt.runtime.request import plan
 
+pytestmark = pytest.mark.timeout(900)  # the first test exports the models
+
 PROMPTS = [
     "a red circle moving right on a black background",
     "a blue square growing on a gray background",

@@ -13,6 +13,8 @@ import pytest
 import reelrt
 from reelrt.errors import CompatibilityError, IntegrityError
 
+pytestmark = pytest.mark.timeout(900)  # the first test exports the models
+
 PROMPT = "a red circle moving right on a black background"
 
 

@@ -12,6 +12,8 @@ from diffusers import TextToVideoSDPipeline
 import reelrt
 from reelrt.export.schedules import make_scheduler
 
+pytestmark = pytest.mark.timeout(900)  # the first test exports the models
+
 PROMPT = "a red circle moving right on a black background"
 NEGATIVE = "a blue square growing on a gray background"
 LATENTS_TOLERANCE = 1e-3  # relative to the largest latent
