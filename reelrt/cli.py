@@ -325,7 +325,3 @@ def main() -> None:
     """The `reelrt` command."""
     end_on_sigterm()
     app()
-
-
-if __name__ == "__main__":
-    main()
