@@ -138,7 +138,7 @@ def choose(backend: str, target: str, device: Device) -> tuple[Backend, Target]:
     if not capability:
         raise InputError(
             f"{BACKENDS[name].title} needs a GPU to build for, and this machine has none.",
-            "Name one: --target rtx3060, say.",
+            "TensorRT-RTX needs only its name: --backend tensorrt_rtx --target rtx3060, say.",
         )
     if name == "tensorrt_rtx" and capability not in RTX_CAPABILITIES:
         raise InputError(

@@ -11,6 +11,7 @@ import pytest
 from reelrt.bundle.manifest import EngineSet
 from reelrt.engines.backends import installed
 from reelrt.engines.builder import build_engines
+from tests.graphs import tiny_bundle
 
 pytestmark = [
     pytest.mark.skipif(not installed("tensorrt_rtx"), reason="tensorrt_rtx is not installed"),
@@ -73,17 +74,27 @@ def test_fp16_is_what_a_gpu_gets_and_nothing_is_built_twice(bundle, sets):
     assert told == []
 
 
-def test_another_gpu_rebuilds_and_the_progress_is_told_in_percent(bundle, sets, tmp_path, caplog):
-    del tmp_path
+def test_another_gpu_rebuilds_and_the_progress_is_told_in_percent(tmp_path, caplog):
+    tiny, folder = tiny_bundle(tmp_path / "bundle"), tmp_path / "engines"
+    build_engines(tiny, folder, target="rtx3060", batch=1)
     told: list[tuple[str, int, int]] = []
-    folder = sets["fp32"][0].folder
     with caplog.at_level(logging.INFO, "reelrt"):
-        engines = build_engines(
-            bundle, folder, target="rtx4060", precision="fp32", frames=2, progress=lambda *e: told.append(e)
-        )
-    assert "compute_capability: 8.6 -> 8.9" in caplog.text
+        engines = build_engines(tiny, folder, target="rtx4060", batch=1, progress=lambda *e: told.append(e))
+    assert "step is rebuilt: compute_capability: 8.6 -> 8.9" in caplog.text
     assert engines.compute_capability == "8.9"
     percents = [done for what, done, total in told if what == "build step" and total == 100]
     assert percents == sorted(percents)
     assert percents[-1] == 100
     assert len(percents) > 5
+
+
+def test_ctrl_c_ends_the_builder_and_leaves_nothing(tmp_path):
+    tiny, folder = tiny_bundle(tmp_path / "bundle"), tmp_path / "engines"
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if done > 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(tiny, folder, target="rtx3060", progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

@@ -50,7 +50,7 @@ def test_an_rtx_target_needs_no_gpu():
 
 
 def test_a_gpu_backend_for_a_machine_without_one_asks_for_a_target():
-    with pytest.raises(InputError, match="this machine has none.*--target rtx3060"):
+    with pytest.raises(InputError, match="this machine has none.*tensorrt_rtx --target rtx3060"):
         choose("tensorrt_rtx", "host", NO_GPU)
 
 
@@ -73,7 +73,9 @@ def test_cpu_engines_are_for_the_machine_that_builds_them():
 
 
 def test_an_unknown_backend_lists_the_choices():
-    with pytest.raises(InputError, match=r"'openvino' is not known.*auto, onnxruntime, tensorrt_rtx, tensorrt"):
+    with pytest.raises(
+        InputError, match=r"'openvino' is not known.*auto, onnxruntime, tensorrt_rtx, tensorrt"
+    ):
         choose("openvino", "host", NO_GPU)
 
 
