@@ -81,10 +81,10 @@ def sample_track(motion: str, frames: int, rng: np.random.Generator) -> Track:
     time = np.linspace(-0.5, 0.5, frames, dtype=np.float32)
     if motion in DIRECTIONS:
         dx, dy = DIRECTIONS[motion]
-        travel, slack, across = rng.uniform(0.36, 0.44), rng.uniform(-0.04, 0.04), rng.uniform(-0.16, 0.16)
+        travel, slack, across = rng.uniform(0.36, 0.42), rng.uniform(-0.02, 0.02), rng.uniform(-0.1, 0.1)
         along = 0.5 + slack + travel * time
         fixed = np.full_like(time, 0.5 + across)
-        radius = np.full_like(time, rng.uniform(0.17, 0.2))
+        radius = np.full_like(time, rng.uniform(0.19, 0.21))
         x = (along if dx > 0 else 1 - along) if dx else fixed
         y = (along if dy > 0 else 1 - along) if dy else fixed
         return Track(x.astype(np.float32), y.astype(np.float32), radius)

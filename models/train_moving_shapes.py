@@ -2,19 +2,19 @@
 
 Four parts, each checkpointed in the work folder: a CLIP tokenizer, a CLIP text encoder (taught to
 name a scene's attributes), a VAE (single frames) and a 3-D UNet (v-prediction; single frames
-first, motion after). The result is a plain diffusers folder.
+first, then clips of more and more frames). The result is a plain diffusers folder.
+bfloat16 is faster on a GPU and on CPUs that have it, and ten times slower on others.
 
-    python models/train_moving_shapes.py --work build/train --out models/moving-shapes
+    python -m models.train_moving_shapes --work build/train --out models/moving-shapes
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -22,13 +22,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import TemporalConvLayer
+from diffusers import AutoencoderKL, UNet3DConditionModel
 from torch import nn
 from torch.nn import functional
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
+from models.moving_shapes import (
+    TOKENS,
+    make_scheduler,
+    make_text_encoder,
+    make_tokenizer,
+    make_unet,
+    make_vae,
+    speed_up,
+)
 from reelrt.calibration.shapes import (
     BACKGROUNDS,
     COLORS,
@@ -48,7 +55,6 @@ ATTRIBUTES = {
     "motion": MOTIONS,
     "background": tuple(BACKGROUNDS),
 }
-TOKENS = 77
 
 
 @dataclass(frozen=True)
@@ -58,169 +64,23 @@ class Recipe:
     seed: int = 0
     size: int = 64
     frames: int = 16
-    renderings: int = 24
+    renderings: int = 6
     text_steps: int = 400
-    vae_steps: int = 2000
-    frame_steps: int = 600
-    video_steps: int = 2400
-    frame_batch: int = 128
-    video_batch: int = 16
+    vae_steps: int = 1200
+    vae_batch: int = 16
+    clips: str = "1:300,4:700,8:300,16:500"
+    frames_per_batch: int = 128
     learning_rate: float = 1e-3
-    ema: float = 0.998
+    ema: float = 0.995
     empty_captions: float = 0.1
+    precision: str = "float32"
 
     @property
-    def scenes(self) -> list[Scene]:
-        return all_scenes()
-
-
-# -- what is trained ---------------------------------------------------------------------------
-
-
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A byte-level CLIP vocabulary whose merges cover the captions' words."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    sentences = sorted({text for scene in all_scenes() for text in all_captions(scene)})
-    bpe.train_from_iterator(sentences, trainer)
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    symbols = [*alphabet, *(symbol + "</w>" for symbol in alphabet)]
-    symbols += [left + right for left, right in merges]
-    symbols = list(dict.fromkeys(symbols)) + ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    vocab = {symbol: index for index, symbol in enumerate(symbols)}
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=TOKENS
-    )
-    return tokenizer
-
-
-def make_text_encoder(vocab_size: int) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocab_size,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=TOKENS,
-            hidden_act="quick_gelu",
-            projection_dim=128,
-            bos_token_id=vocab_size - 2,
-            eos_token_id=vocab_size - 1,
-            pad_token_id=vocab_size - 1,
-        )
-    )
-
-
-def make_vae(size: int) -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 96),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=size,
-        mid_block_add_attention=False,
-    )
-
-
-def make_unet(size: int) -> UNet3DConditionModel:
-    return UNet3DConditionModel(
-        sample_size=size // 8,
-        down_block_types=("CrossAttnDownBlock3D", "CrossAttnDownBlock3D"),
-        up_block_types=("CrossAttnUpBlock3D", "CrossAttnUpBlock3D"),
-        block_out_channels=(64, 128),
-        layers_per_block=1,
-        cross_attention_dim=128,
-        attention_head_dim=32,
-        norm_num_groups=16,
-    )
-
-
-def make_scheduler() -> DDIMScheduler:
-    """Linear betas up to 0.02: the last step is all but pure noise, as sampling assumes."""
-    return DDIMScheduler(
-        beta_start=0.0001,
-        beta_end=0.02,
-        beta_schedule="linear",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-    )
-
-
-# -- the same arithmetic, faster while training ------------------------------------------------
-
-
-class PerVideoAttention:
-    """Attention whose text keys and values are computed once per video, not once per frame."""
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **_: object,
-    ) -> torch.Tensor:
-        batch, tokens, _ = hidden_states.shape
-        query = attn.to_q(hidden_states)
-        if encoder_hidden_states is None:
-            context, groups = hidden_states, batch
-        else:
-            groups = self.videos
-            context = encoder_hidden_states[:: batch // groups]
-            query = query.reshape(groups, -1, query.shape[-1])
-        key, value = attn.to_k(context), attn.to_v(context)
-        query, key, value = (
-            x.reshape(groups, x.shape[1], attn.heads, -1).transpose(1, 2) for x in (query, key, value)
-        )
-        scores = (query @ key.transpose(-1, -2)) * attn.scale  # beats fused attention on short rows
-        out = scores.softmax(-1).to(value.dtype) @ value
-        out = out.transpose(1, 2).reshape(batch, tokens, -1)
-        return attn.to_out[0](out.to(hidden_states.dtype))
-
-    videos = 1
-
-
-def speed_up(unet: UNet3DConditionModel) -> PerVideoAttention:
-    """Swap in `PerVideoAttention`, and run each (3, 1, 1) convolution as a 2-D one."""
-    attention = PerVideoAttention()
-    unet.set_attn_processor(attention)
-
-    def as_conv2d(conv: nn.Conv3d) -> Callable[[torch.Tensor], torch.Tensor]:
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            batch, channels, frames, height, width = x.shape
-            flat = x.reshape(batch, channels, frames, height * width)
-            out = functional.conv2d(flat, conv.weight[..., 0], conv.bias, padding=(1, 0))
-            return out.reshape(batch, -1, frames, height, width)
-
-        return forward
-
-    for module in unet.modules():
-        if isinstance(module, TemporalConvLayer):
-            for conv in module.modules():
-                if isinstance(conv, nn.Conv3d):
-                    conv.forward = as_conv2d(conv)  # type: ignore[method-assign]
-    return attention
-
-
-# -- training loops ----------------------------------------------------------------------------
+    def lessons(self) -> list[tuple[int, int]]:
+        """Frames per clip and number of steps, in the order they are taught."""
+        return [
+            (int(frames), int(steps)) for frames, steps in (part.split(":") for part in self.clips.split(","))
+        ]
 
 
 class Progress:
@@ -247,6 +107,11 @@ def cosine(step: int, total: int, peak: float, warmup: int = 50) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def stable_then_decay(step: int, total: int, decay: int, peak: float, warmup: int = 50) -> float:
+    """Learning rate at a step: warm-up, constant, then linear to zero over the last `decay` steps."""
+    return peak * min((step + 1) / warmup, 1, (total - step) / decay)
 
 
 class Checkpoint:
@@ -294,7 +159,7 @@ def train_text_encoder(
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     checkpoint = Checkpoint(work / "text.pt", optimizer, encoder=encoder, heads=heads)
-    start, scenes = checkpoint.load(), recipe.scenes
+    start, scenes = checkpoint.load(), all_scenes()
     progress = Progress("text", recipe.text_steps, start)
     for step, rng in batches(recipe.seed + 1, start, recipe.text_steps):
         picked = [scenes[i] for i in rng.integers(len(scenes), size=64)]
@@ -338,11 +203,11 @@ def train_vae(recipe: Recipe, work: Path, device: torch.device) -> AutoencoderKL
     vae = make_vae(recipe.size).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
     checkpoint = Checkpoint(work / "vae.pt", optimizer, vae=vae)
-    start, scenes = checkpoint.load(), recipe.scenes
+    start, scenes = checkpoint.load(), all_scenes()
     progress = Progress("vae", recipe.vae_steps, start)
     for step, rng in batches(recipe.seed + 2, start, recipe.vae_steps):
-        pictures = draw_frames(scenes, 32, recipe.size, rng).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        pictures = draw_frames(scenes, recipe.vae_batch, recipe.size, rng).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             posterior = vae.encode(pictures).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
         loss = functional.mse_loss(decoded, pictures) + 0.1 * functional.l1_loss(decoded, pictures)
@@ -369,7 +234,7 @@ def encode_dataset(
     recipe: Recipe, work: Path, vae: AutoencoderKL, device: torch.device
 ) -> tuple[torch.Tensor, list[Scene]]:
     """Latents of every scene in several renderings, float32 [N, C, F, h, w], scaled to unit variance."""
-    path, scenes = work / "latents.pt", recipe.scenes * recipe.renderings
+    path, scenes = work / "latents.pt", all_scenes() * recipe.renderings
     if not path.exists():
         latents, began = [], time.monotonic()
         for index, scene in enumerate(scenes):
@@ -392,7 +257,7 @@ class TextTable:
     def __init__(
         self, scenes: list[Scene], encoder: CLIPTextModel, tokenizer: CLIPTokenizer, device: torch.device
     ) -> None:
-        texts = [""] + sorted({text for scene in scenes for text in all_captions(scene)})
+        texts = ["", *sorted({text for scene in scenes for text in all_captions(scene)})]
         with torch.no_grad():
             rows = [
                 encoder(tokenize(tokenizer, texts[i : i + 256], device)).last_hidden_state.bfloat16()
@@ -404,6 +269,14 @@ class TextTable:
         return self.rows[[self.index[text] for text in texts]].float()
 
 
+def clip(latents: torch.Tensor, frames: int, rng: np.random.Generator) -> torch.Tensor:
+    """Frames spread evenly from first to last; a single one is any, for each video [N, C, F, h, w]."""
+    if frames == 1:
+        at = torch.from_numpy(rng.integers(latents.shape[2], size=len(latents)))
+        return latents[torch.arange(len(latents)), :, at, None]
+    return latents[:, :, torch.linspace(0, latents.shape[2] - 1, frames).round().long()]
+
+
 def train_unet(
     recipe: Recipe,
     work: Path,
@@ -412,42 +285,42 @@ def train_unet(
     text: TextTable,
     device: torch.device,
 ) -> UNet3DConditionModel:
-    """v-prediction; single frames for the first steps, whole videos after."""
+    """v-prediction, from single frames to whole videos: captions are learnt on few frames, cheaply."""
     torch.manual_seed(recipe.seed)
     unet, ema = make_unet(recipe.size).to(device), make_unet(recipe.size).to(device)
     ema.load_state_dict(unet.state_dict())
     attention = speed_up(unet.eval())  # no dropout: the data are endless
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+    )
     checkpoint = Checkpoint(work / "unet.pt", optimizer, unet=unet, ema=ema)
-    start, total = checkpoint.load(), recipe.frame_steps + recipe.video_steps
+    lengths = [frames for frames, steps in recipe.lessons for _ in range(steps)]
+    start, total, decay = checkpoint.load(), len(lengths), recipe.lessons[-1][1]
     alphas = make_scheduler().alphas_cumprod.to(device)
     progress = Progress("unet", total, start)
     for step, rng in batches(recipe.seed + 4, start, total):
-        stills = step < recipe.frame_steps
-        count = recipe.frame_batch if stills else recipe.video_batch
+        frames = lengths[step]
+        count = recipe.frames_per_batch // frames
         picked = rng.integers(len(scenes), size=count)
         texts = ["" if rng.random() < recipe.empty_captions else caption(scenes[i], rng) for i in picked]
-        clean = latents[picked].to(device)
-        if stills:
-            at = torch.from_numpy(rng.integers(recipe.frames, size=count)).to(device)
-            clean = clean[torch.arange(count), :, at, None]
+        clean = clip(latents[picked], frames, rng).to(device)
         noise = torch.randn(clean.shape).to(device)
         timestep = torch.randint(1000, (count,)).to(device)
         signal = alphas[timestep].sqrt().view(-1, 1, 1, 1, 1)
         spread = (1 - alphas[timestep]).sqrt().view(-1, 1, 1, 1, 1)
         attention.videos = count
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             predicted = unet(signal * clean + spread * noise, timestep, text(texts)).sample
         loss = functional.mse_loss(predicted.float(), signal * noise - spread * clean)
         for group in optimizer.param_groups:
-            group["lr"] = cosine(step, total, recipe.learning_rate)
+            group["lr"] = stable_then_decay(step, total, decay, recipe.learning_rate)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
-        decay = min(recipe.ema, (step + 1) / (step + 10))
+        share = max(1 - recipe.ema, 9 / (step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
+            torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), share)
         progress(step + 1, loss.item())
         if (step + 1) % 100 == 0 or step + 1 == total:
             checkpoint.save(step + 1)
@@ -472,7 +345,7 @@ def main() -> None:
     encoder = train_text_encoder(recipe, work, tokenizer, device)
     vae = train_vae(recipe, work, device)
     latents, scenes = encode_dataset(recipe, work, vae, device)
-    text = TextTable(recipe.scenes, encoder, tokenizer, device)
+    text = TextTable(all_scenes(), encoder, tokenizer, device)
     unet = train_unet(recipe, work, latents, scenes, text, device)
     save(out, tokenizer, encoder, vae, unet)
 

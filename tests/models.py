@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, TextToVideoSDPipeline, UNet3
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from models.train_moving_shapes import make_tokenizer
+from models.moving_shapes import make_tokenizer
 
 CARD = "---\nlicense: apache-2.0\n---\n\n# A random model\n\nMade by a test.\n"
 
