@@ -84,7 +84,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         partial.chmod(0o755)
         _replace(partial, target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
 
 
 def _is_ours(folder: Path) -> bool:
@@ -98,10 +98,19 @@ def _replace(source: Path, target: Path) -> None:
         source.rename(target)
         return
     aside = source.with_suffix(".old")
-    target.rename(aside)
     try:
+        target.rename(aside)
         source.rename(target)
-    except OSError:
-        aside.rename(target)
+    finally:
+        if not target.exists():
+            aside.rename(target)  # the new one did not come; Ctrl-C between the two, say
+        _remove(aside)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder; nor does a second Ctrl-C leave half of it."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-    shutil.rmtree(aside, ignore_errors=True)

@@ -7,7 +7,8 @@ engine set is what `reelrt build` makes of it for one device. Knows neither ONNX
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -163,12 +164,13 @@ class Bundle:
         Raises:
             IntegrityError: Not a bundle, of an unknown schema, or damaged.
         """
-        data = _read(cls, folder, check)
-        stages = {
-            name: Stage(**{**stage, "spec": StageSpec.from_json(stage["spec"])})
-            for name, stage in data["stages"].items()
-        }
-        return cls(folder, Pipeline.from_json(data["pipeline"]), stages, data["files"], data["reelrt"])
+        with _complete(folder):
+            data = _read(cls, folder, check)
+            stages = {
+                name: Stage(**{**stage, "spec": StageSpec.from_json(stage["spec"])})
+                for name, stage in data["stages"].items()
+            }
+            return cls(folder, Pipeline.from_json(data["pipeline"]), stages, data["files"], data["reelrt"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,24 +234,25 @@ class EngineSet:
         Raises:
             IntegrityError: Not an engine set, of an unknown schema, or damaged.
         """
-        data = _read(cls, folder, check)
-        engines = {}
-        for name, engine in data["engines"].items():
-            profile = {axis: Range(**extent) for axis, extent in engine["profile"].items()}
-            spec = StageSpec.from_json(engine["spec"])
-            engines[name] = Engine(**{**engine, "spec": spec, "profile": profile})
-        return cls(
-            folder=folder,
-            bundle=data["bundle"],
-            pipeline=Pipeline.from_json(data["pipeline"]),
-            backend=data["backend"],
-            backend_version=data["backend_version"],
-            target=data["target"],
-            compute_capability=data["compute_capability"],
-            engines=engines,
-            files=data["files"],
-            version=data["reelrt"],
-        )
+        with _complete(folder):
+            data = _read(cls, folder, check)
+            engines = {}
+            for name, engine in data["engines"].items():
+                profile = {axis: Range(**extent) for axis, extent in engine["profile"].items()}
+                spec = StageSpec.from_json(engine["spec"])
+                engines[name] = Engine(**{**engine, "spec": spec, "profile": profile})
+            return cls(
+                folder=folder,
+                bundle=data["bundle"],
+                pipeline=Pipeline.from_json(data["pipeline"]),
+                backend=data["backend"],
+                backend_version=data["backend_version"],
+                target=data["target"],
+                compute_capability=data["compute_capability"],
+                engines=engines,
+                files=data["files"],
+                version=data["reelrt"],
+            )
 
 
 Folder = TypeVar("Folder", Bundle, EngineSet)
@@ -259,6 +262,17 @@ def _write(folder: Bundle | EngineSet, version: str, body: Mapping[str, Any]) ->
     head = {"schema": SCHEMA, "kind": folder.kind, "reelrt": version}
     data = {**head, **body, "files": hash_folder(folder.folder)}
     (folder.folder / MANIFEST).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _complete(folder: Path) -> Iterator[None]:
+    """Name the manifest that lacks an entry or holds one of another kind."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        fault = f"{type(error).__name__}: {error}"
+        message = f"{folder / MANIFEST} is incomplete or damaged ({fault})."
+        raise IntegrityError(message, "Build this folder again.") from error
 
 
 def _read(kind: type[Folder], folder: Path, check: bool) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def _previous(output: Path) -> EngineSet | None:
         return None
     try:
         return EngineSet.load(output, check=False)
-    except (IntegrityError, KeyError, TypeError, AttributeError) as error:
+    except IntegrityError as error:
         log.warning("%s is built anew: %s", output, error)
         return None
 

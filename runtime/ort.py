@@ -32,7 +32,7 @@ def open_sessions(engines: EngineSet, threads: int | None = None) -> OrtSessions
         BackendError: ONNX Runtime cannot open an engine.
     """
     _check(engines)
-    opened = {name: _open(engines.folder / engine.file, threads) for name, engine in engines.engines.items()}
+    opened = {name: open_engine(engines.folder / engine.file, threads) for name, engine in engines.engines.items()}
     return OrtSessions(engines, opened)
 
 
@@ -54,7 +54,16 @@ def _check(engines: EngineSet) -> None:
             )
 
 
-def _open(path: Path, threads: int | None) -> ort.InferenceSession:
+def open_engine(path: Path, threads: int | None) -> ort.InferenceSession:
+    """Open one engine file.
+
+    Args:
+        path: The file; its weights lie beside it.
+        threads: CPU threads within an operator; None takes one per physical core.
+
+    Raises:
+        BackendError: ONNX Runtime cannot open it.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reelrt.bundle.manifest import EngineSet
-from reelrt.errors import BackendError
+from reelrt.errors import BackendError, CompatibilityError
+from reelrt.jetson.device import detect
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -92,8 +93,9 @@ def open_sessions(engines: EngineSet, threads: int | None = None) -> Sessions:
     Raises:
         BackendError: This version has no session for that backend, or the backend is not
             installed, or it cannot open an engine.
-        CompatibilityError: The set was built for another version or machine.
+        CompatibilityError: The set was built for another version, GPU or machine.
     """
+    _check_gpu(engines)
     if engines.backend not in BACKENDS:
         device = f"{engines.backend} engines for {engines.target}"
         raise BackendError(
@@ -102,3 +104,16 @@ def open_sessions(engines: EngineSet, threads: int | None = None) -> Sessions:
         )
     opener: Opener = import_module(BACKENDS[engines.backend]).open_sessions
     return opener(engines, threads)
+
+
+def _check_gpu(engines: EngineSet) -> None:
+    """Refuse engines of another compute capability before any library tries to open them."""
+    wanted = engines.compute_capability
+    gpu = detect().gpu if wanted else None
+    if not wanted or (gpu is not None and gpu.compute_capability == wanted):
+        return
+    here = "has no NVIDIA GPU" if gpu is None else f"has {gpu.name}, compute capability {gpu.compute_capability}"
+    raise CompatibilityError(
+        f"{engines.folder} was built for {engines.target}, compute capability {wanted}; this machine {here}.",
+        "Build the engines for this machine: `reelrt build BUNDLE -o ENGINES`.",
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +72,29 @@ def test_an_interruption_leaves_what_was_there(tmp_path, error):
         (folder / "manifest.json").write_text("half")
         raise error
     assert contents(tmp_path) == {"bundle/manifest.json": "old"}
+
+
+@pytest.mark.parametrize("moment", ["rename 1", "rename 2", "rmtree 1", "rmtree 2"])
+def test_an_interruption_of_the_replacement_leaves_one_whole_folder(tmp_path, monkeypatch, moment):
+    target = tmp_path / "bundle"
+    target.mkdir()
+    (target / "manifest.json").write_text("old")
+    calls = []
+
+    def interrupted(name, function):
+        def call(*args, **options):
+            calls.append(name)
+            if f"{name} {calls.count(name)}" == moment:
+                raise KeyboardInterrupt
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(Path, "rename", interrupted("rename", Path.rename))
+    monkeypatch.setattr(shutil, "rmtree", interrupted("rmtree", shutil.rmtree))
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as folder:
+        (folder / "manifest.json").write_text("new")
+    assert contents(tmp_path) == {"bundle/manifest.json": "old" if "rename" in moment else "new"}
 
 
 def test_an_interruption_leaves_nothing_where_nothing_was(tmp_path):

@@ -123,3 +123,21 @@ def test_another_schema_is_refused(bundle):
     (bundle / MANIFEST).write_text(json.dumps({**data, "schema": 99}))
     with pytest.raises(IntegrityError, match="has schema 99; this version of reelrt reads 1"):
         Bundle.load(bundle)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "stages", "files"])
+@pytest.mark.parametrize("value", [None, 3, [1]])
+def test_a_manifest_that_lacks_an_entry_is_refused(bundle, name, value):
+    data = json.loads((bundle / MANIFEST).read_text())
+    del data[name]
+    (bundle / MANIFEST).write_text(json.dumps(data if value is None else {**data, name: value}))
+    with pytest.raises(IntegrityError, match=r"manifest\.json is incomplete or damaged"):
+        Bundle.load(bundle)
+
+
+def test_an_engine_set_whose_manifest_lacks_an_entry_is_refused(engines):
+    data = json.loads((engines.folder / MANIFEST).read_text())
+    del data["engines"]["step"]["profile"]
+    (engines.folder / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(IntegrityError, match=r"incomplete or damaged \(KeyError: 'profile'\)"):
+        EngineSet.load(engines.folder)

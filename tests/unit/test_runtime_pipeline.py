@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import onnx.parser
@@ -19,6 +20,7 @@ from reelrt.bundle.manifest import SCHEDULES, TOKENIZER, Engine, EngineSet, Mode
 from reelrt.bundle.schedule import Schedule, Schedules
 from reelrt.bundle.spec import Geometry, Range, step_spec, text_encoder_spec, vae_decoder_spec
 from reelrt.errors import BackendError, Cancelled, CompatibilityError, InputError, IntegrityError, RangeError
+from reelrt.jetson.device import Gpu, detect
 from reelrt.runtime.noise import starting_noise
 
 GEOMETRY = Geometry(4, 8, 16, tokens=6, text_width=2, state_rows=3, frames=4, height=32, width=48)
@@ -391,7 +393,9 @@ def test_a_launch_allocates_no_buffer(pipe):
     assert peak < 4096  # bytes; one row of the state has 30,720
 
 
-def test_engine_sets_that_cannot_run_here(tmp_path):
+def test_engine_sets_that_cannot_run_here(tmp_path, monkeypatch):
+    """Another version, another GPU (a description stands for one), damage."""
+
     def make(name, **changes):
         (tmp_path / name).mkdir()
         return make_engines(tmp_path / name, **changes)
@@ -399,8 +403,15 @@ def test_engine_sets_that_cannot_run_here(tmp_path):
     with pytest.raises(CompatibilityError, match=r"built by ONNX Runtime 1\.2\.3"):
         reelrt.load(make("old", backend_version="1.2.3"))
     rtx = {"backend": "tensorrt_rtx", "target": "rtx3060", "compute_capability": "8.6"}
+    set_for_rtx = make("rtx", **rtx)
+    for gpu, here in ((None, "no NVIDIA GPU"), (Gpu("RTX 4060", "8.9", 2**33, "13.0"), "RTX 4060, .* 8.9")):
+        monkeypatch.setattr("reelrt.runtime.session.detect", lambda gpu=gpu: replace(detect(), gpu=gpu))
+        with pytest.raises(CompatibilityError, match=f"for rtx3060, compute capability 8.6; .*{here}"):
+            reelrt.load(set_for_rtx)
+    gpu = Gpu("RTX 3060", "8.6", 2**33, "13.0")
+    monkeypatch.setattr("reelrt.runtime.session.detect", lambda: replace(detect(), gpu=gpu))
     with pytest.raises(BackendError, match=r"tensorrt_rtx engines for rtx3060.*onnxruntime"):
-        reelrt.load(make("rtx", **rtx))
+        reelrt.load(set_for_rtx)
     damaged = make("damaged")
     (damaged / "step.onnx").write_bytes((damaged / "step.onnx").read_bytes()[:-1])
     with pytest.raises(IntegrityError, match=r"step\.onnx is damaged"):
