@@ -1,11 +1,12 @@
-"""Folders that are whole or not there: atomic writes, SHA-256, verification."""
+"""Folders and files that are whole or not there: atomic writes, SHA-256, verification."""
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,6 +86,29 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         _replace(partial, target)
     finally:
         _remove(partial)
+
+
+@contextmanager
+def atomic_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Write files as a whole: into temporary siblings that take their places at the end.
+
+    Whatever stops the block leaves the files as they were and removes the siblings.
+
+    Args:
+        paths: Where the files shall be; their folders exist.
+
+    Yields:
+        The path to write to for each, with its extension in lower case.
+    """
+    token = secrets.token_hex(4)
+    partial = [path.with_name(f".{path.stem}.{token}{path.suffix.lower()}") for path in paths]
+    try:
+        yield partial
+        for source, path in zip(partial, paths, strict=True):
+            source.replace(path)
+    finally:
+        for source in partial:
+            source.unlink(missing_ok=True)
 
 
 def _is_ours(folder: Path) -> bool:

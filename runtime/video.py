@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from reelrt.bundle.files import atomic_files
 from reelrt.errors import InputError
 from reelrt.runtime.formats import FORMATS, Format
 
@@ -77,7 +77,7 @@ class Video:
         rate = Fraction(fps).limit_denominator(1001)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _whole(paths) as partial:
+            with atomic_files(paths) as partial:
                 form.write(partial, self.frames, rate, comment)
         except OSError as error:
             raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
@@ -128,17 +128,3 @@ def _format(path: Path) -> Format:
         known = ", ".join(FORMATS)
         raise InputError(f"{path} has an unknown extension {path.suffix!r}; choose one of {known}.")
     return form
-
-
-@contextmanager
-def _whole(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Temporary siblings that take their paths when the block succeeds and vanish when not."""
-    token = secrets.token_hex(4)
-    partial = [path.with_name(f".{path.stem}.{token}{path.suffix.lower()}") for path in paths]
-    try:
-        yield partial
-        for source, path in zip(partial, paths, strict=True):
-            source.replace(path)
-    finally:
-        for source in partial:
-            source.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reelrt.bundle.files import BLOCK_BYTES, atomic_folder, hash_folder, sha256, verify
+from reelrt.bundle.files import BLOCK_BYTES, atomic_files, atomic_folder, hash_folder, sha256, verify
 from reelrt.errors import InputError, IntegrityError
 
 
@@ -128,3 +128,17 @@ def test_an_impossible_place_is_named(tmp_path):
         atomic_folder(tmp_path / "file" / "bundle"),
     ):
         pass
+
+
+def test_files_take_their_places_together_or_not_at_all(tmp_path):
+    paths = [tmp_path / "a.json", tmp_path / "b.PNG"]
+    paths[0].write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_files(paths) as partial:
+        partial[0].write_text("half")
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {"a.json": "old"}
+    with atomic_files(paths) as partial:
+        assert [path.suffix for path in partial] == [".json", ".png"]
+        for path in partial:
+            path.write_text("new")
+    assert contents(tmp_path) == {"a.json": "new", "b.PNG": "new"}
