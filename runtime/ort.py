@@ -32,7 +32,9 @@ def open_sessions(engines: EngineSet, threads: int | None = None) -> OrtSessions
         BackendError: ONNX Runtime cannot open an engine.
     """
     _check(engines)
-    opened = {name: open_engine(engines.folder / engine.file, threads) for name, engine in engines.engines.items()}
+    opened = {
+        name: open_engine(engines.folder / engine.file, threads) for name, engine in engines.engines.items()
+    }
     return OrtSessions(engines, opened)
 
 

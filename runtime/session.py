@@ -112,7 +112,9 @@ def _check_gpu(engines: EngineSet) -> None:
     gpu = detect().gpu if wanted else None
     if not wanted or (gpu is not None and gpu.compute_capability == wanted):
         return
-    here = "has no NVIDIA GPU" if gpu is None else f"has {gpu.name}, compute capability {gpu.compute_capability}"
+    here = (
+        "has no NVIDIA GPU" if gpu is None else f"has {gpu.name}, compute capability {gpu.compute_capability}"
+    )
     raise CompatibilityError(
         f"{engines.folder} was built for {engines.target}, compute capability {wanted}; this machine {here}.",
         "Build the engines for this machine: `reelrt build BUNDLE -o ENGINES`.",

@@ -69,9 +69,8 @@ class Video:
                 impossible frame rate. No partial file is left.
         """
         target = Path(path)
-        if not (math.isfinite(fps) and 0 < fps <= 1000):
-            raise InputError(f"fps {fps} is not possible: give a number above 0, up to 1000.")
         form = _format(target)
+        _check_rate(fps)
         paths = form.files(target, len(self.frames))
         comment = json.dumps(dict(self.metadata))
         rate = Fraction(fps).limit_denominator(1001)
@@ -84,14 +83,16 @@ class Video:
         return paths[0]
 
 
-def check_writable(path: FilePath) -> None:
-    """Refuse, before any work, a path that `Video.save` would refuse.
+def check_writable(path: FilePath, fps: float = 8) -> None:
+    """Refuse, before any work, what `Video.save` would refuse.
 
     Raises:
-        InputError: Unknown extension, a folder, or a place that cannot be written.
+        InputError: Unknown extension, a folder, a place that cannot be written, or an impossible
+            frame rate.
     """
     target = Path(path)
     _format(target)
+    _check_rate(fps)
     if target.is_dir():
         raise InputError(f"{target} is a folder; name a file in it.")
     parent = next(folder for folder in target.absolute().parents if folder.exists())
@@ -120,6 +121,11 @@ def read_metadata(path: FilePath) -> dict[str, Any]:
         if isinstance(data, dict) and "reelrt" in data:
             return data
     raise InputError(f"{source} holds no ReelRT metadata.")
+
+
+def _check_rate(fps: float) -> None:
+    if not (math.isfinite(fps) and 0 < fps <= 1000):
+        raise InputError(f"fps {fps} is not possible: give a number above 0, up to 1000.")
 
 
 def _format(path: Path) -> Format:

@@ -74,6 +74,28 @@ def odd_model(folder: Path, scheduler: Any = None, dtype: torch.dtype = torch.fl
     return _save(folder, unet, _vae((8, 12, 16), attention=True), 20, scheduler, dtype)
 
 
+def tiny_model(folder: Path) -> Path:
+    """One block without attention: the least that can be exported, in the least time.
+
+    Args:
+        folder: Where to write it; made if missing.
+
+    Returns:
+        The folder.
+    """
+    unet = UNet3DConditionModel(
+        sample_size=16,
+        down_block_types=("DownBlock3D",),
+        up_block_types=("UpBlock3D",),
+        block_out_channels=(16,),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=4,
+    )
+    return _save(folder, unet, _vae((8, 8), attention=False), 16, None, torch.float32)
+
+
 def default_scheduler(**changes: Any) -> DDIMScheduler:
     """The bundled model's scheduler, v-prediction, with some entries of its config changed."""
     config = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import reelrt
 from reelrt.engines.builder import build_engines
 from reelrt.export.exporter import export_bundle
-from tests.models import MODELS
+from tests.commands import reelrt as run_reelrt
+from tests.models import MODELS, tiny_model
 
 SHIPPED = Path(__file__).parents[2] / "models" / "moving-shapes"
 SIZES = {"small": (16, 64, 64), "odd": (12, 56, 40), SHIPPED.name: (16, 64, 64)}
@@ -50,3 +52,19 @@ def small_engines(made: Made) -> Path:
 def small_pipe(small_engines: Path) -> reelrt.TextToVideo:
     """The same, loaded."""
     return reelrt.load(small_engines)
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model`, `bundle` and `engines` of the tiniest model, each made by its command."""
+    folder = tmp_path_factory.mktemp("work")
+    tiny_model(folder / "model")
+    exported = run_reelrt("export", "model", "-o", "bundle", "--json", folder=folder)
+    assert exported.returncode == 0, exported.stderr
+    built = run_reelrt(
+        "build", "bundle", "-o", "engines", "--backend", "onnxruntime", "--json", folder=folder
+    )
+    assert built.returncode == 0, built.stderr
+    for made in (exported, built):
+        assert set(json.loads(made.stdout)["stages"]) == {"text_encoder", "step", "vae_decoder"}
+    return folder

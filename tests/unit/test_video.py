@@ -158,6 +158,8 @@ def test_unwritable_places(tmp_path):
 def test_impossible_frame_rates(tmp_path, fps):
     with pytest.raises(InputError, match="fps"):
         make_video().save(tmp_path / "a.mp4", fps=fps)
+    with pytest.raises(InputError, match="fps"):
+        check_writable(tmp_path / "a.mp4", fps)
 
 
 FULL_DISK = """
