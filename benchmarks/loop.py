@@ -1,0 +1,301 @@
+"""What the CPU runtime costs: beside its own engine calls, beside diffusers, and to import.
+
+    python -m benchmarks.loop                  everything; writes benchmarks/results/loop-cpu.json
+    python -m benchmarks.loop --import-only    the imports alone, in a new environment; writes nothing
+
+Three questions, each with its goal:
+
+- Overhead: seconds in `generate` over the seconds inside ONNX Runtime's own run calls, at most 1.03.
+- Speed: seconds of `diffusers.TextToVideoSDPipeline` over ours, at least 2. Same process, same number
+  of threads, same weights in FP32, same prompts and starting latents, from prompt to pixels; whoever
+  goes first in a pair may profit or suffer, so both orders are run and the worse ratio counts.
+- Import: `import reelrt.runtime` in an environment that holds the runtime's dependencies and nothing
+  else, at most 0.3 s, and no torch.
+
+Medians of several runs. Run it on a machine that does nothing else. The last line on stdout is JSON;
+the exit code is 1 when a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.imports import IMPORTS, measure_imports
+from benchmarks.machine import machine
+from reelrt.jetson.device import detect
+from reelrt.runtime.formats import Frames
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "loop-cpu.json"
+LIBRARIES = ("numpy", "onnxruntime", "torch", "diffusers", "transformers")
+OVERHEAD_GOAL, SPEED_GOAL, IMPORT_GOAL = 1.03, 2.0, 0.3
+ORDERS = {"reelrt first": ("reelrt", "diffusers"), "diffusers first": ("diffusers", "reelrt")}
+PROMPTS = (
+    "a red circle moving right on a black background",
+    "a blue square growing on a gray background",
+    "a green triangle moving up on a black background",
+    "a white circle shrinking on a gray background",
+    "a purple square moving down on a black background",
+)
+
+
+class Timed:
+    """An ONNX Runtime session that adds up the seconds inside its run calls."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.seconds, self.calls = 0.0, 0
+        self.io_binding = session.io_binding
+
+    def run(self, *arguments: Any) -> Any:
+        """As the session's own."""
+        with self._clock():
+            return self._session.run(*arguments)
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        """As the session's own."""
+        with self._clock():
+            self._session.run_with_iobinding(binding)
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - began
+        self.calls += 1
+
+
+def make_engines(model: Path, folder: Path) -> Path:
+    """Export a model in FP32 and build its engines for this CPU."""
+    from reelrt.engines.builder import build_engines
+    from reelrt.export.exporter import export_bundle
+
+    bundle = export_bundle(model, folder / "bundle")
+    return build_engines(bundle, folder / "engines", backend="onnxruntime").folder
+
+
+@dataclass(frozen=True, slots=True)
+class Rivals:
+    """Both pipelines, ready to run.
+
+    Attributes:
+        calls: Name to `(prompt, seed, steps) -> uint8 frames [F, H, W, 3]`.
+        sessions: Our engines, which count the seconds spent inside them.
+        settings: What both were asked for.
+    """
+
+    calls: Mapping[str, Callable[[str, int, int], Frames]]
+    sessions: Mapping[str, Timed]
+    settings: Mapping[str, Any]
+
+    def inside(self) -> tuple[float, int]:
+        """Seconds inside engines so far, and launches of the step."""
+        return sum(each.seconds for each in self.sessions.values()), self.sessions["step"].calls
+
+
+def open_rivals(model: Path, folder: Path, threads: int) -> Rivals:
+    """Open a diffusers folder and an engine set of it with the same number of CPU threads."""
+    import torch
+    from diffusers import TextToVideoSDPipeline
+
+    from reelrt.bundle.manifest import EngineSet
+    from reelrt.export.folder import open_folder
+    from reelrt.runtime.ort import OrtSessions, open_engine
+    from reelrt.runtime.pipeline import TextToVideo
+
+    engines = EngineSet.load(folder)
+    pipeline = engines.pipeline
+    geometry = pipeline.geometry
+    if pipeline.model.sha256 != open_folder(model).sha256():
+        raise SystemExit(f"{folder} was not built from {model}.")
+    sessions = {
+        name: Timed(open_engine(folder / engine.file, threads)) for name, engine in engines.engines.items()
+    }
+    pipe = TextToVideo(engines, OrtSessions(engines, sessions))
+    torch.set_num_threads(threads)
+    reference = TextToVideoSDPipeline.from_pretrained(model)
+    reference.set_progress_bar_config(disable=True)
+
+    def ours(prompt: str, seed: int, steps: int) -> Frames:
+        return pipe.generate(prompt, steps=steps, latents=pipe.starting_latents(seed)).frames
+
+    def theirs(prompt: str, seed: int, steps: int) -> Frames:
+        pixels = reference(
+            prompt,
+            negative_prompt="",
+            num_inference_steps=steps,
+            guidance_scale=pipeline.guidance,
+            height=geometry.height,
+            width=geometry.width,
+            latents=torch.from_numpy(pipe.starting_latents(seed)),
+            output_type="np",
+        ).frames[0]
+        frames: Frames = (pixels * 255).round().astype(np.uint8)
+        return frames
+
+    settings = {
+        "model": pipeline.model.name,
+        "model_sha256": pipeline.model.sha256,
+        "solver": pipeline.solver,
+        "guidance": pipeline.guidance,
+        "cfg": pipeline.cfg,
+        "frames": geometry.frames,
+        "width": geometry.width,
+        "height": geometry.height,
+        "precision": engines.engines["step"].precision,
+        "threads": threads,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+    }
+    return Rivals({"reelrt": ours, "diffusers": theirs}, sessions, settings)
+
+
+def measure_loop(rivals: Rivals, steps: int, repeats: int) -> dict[str, Any]:
+    """Time both pipelines on the same requests, in pairs.
+
+    Args:
+        rivals: Both.
+        steps: Denoising steps.
+        repeats: Pairs in each order.
+
+    Returns:
+        Settings, seconds of every run, and how far apart the pixels are.
+    """
+    for call in rivals.calls.values():  # what is done once only is not asked here
+        call(PROMPTS[0], 0, 2)
+    runs: dict[str, Any] = {order: {f"{name}_seconds": [] for name in rivals.calls} for order in ORDERS}
+    generate_seconds, engine_seconds, launches, difference = [], [], 0, 0
+    for index in range(2 * repeats):
+        order, prompt = tuple(ORDERS)[index % 2], PROMPTS[index % len(PROMPTS)]
+        frames = {}
+        for name in ORDERS[order]:
+            inside, before = rivals.inside()
+            began = time.perf_counter()
+            frames[name] = rivals.calls[name](prompt, 1 + index, steps)
+            seconds = time.perf_counter() - began
+            runs[order][f"{name}_seconds"].append(seconds)
+            if name == "reelrt":
+                generate_seconds.append(seconds)
+                engine_seconds.append(rivals.inside()[0] - inside)
+                launches = rivals.inside()[1] - before
+        apart = np.abs(frames["reelrt"].astype(int) - frames["diffusers"].astype(int))
+        difference = max(difference, int(apart.max()))
+    for each in runs.values():
+        each["ratio"] = _median(each["diffusers_seconds"]) / _median(each["reelrt_seconds"])
+    ratios = [total / inside for total, inside in zip(generate_seconds, engine_seconds, strict=True)]
+    return {
+        "settings": {**rivals.settings, "steps": steps, "pairs_per_order": repeats},
+        "overhead": {
+            "generate_seconds": generate_seconds,
+            "engine_seconds": engine_seconds,
+            "launches": launches,
+            "ratio": _median(ratios),
+        },
+        "diffusers": {**runs, "largest_pixel_difference": difference},
+    }
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def goals(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Question to what was measured, what was wanted, and whether it was reached."""
+    found: dict[str, dict[str, Any]] = {}
+    if "overhead" in result:
+        overhead = result["overhead"]["ratio"]
+        speed = min(result["diffusers"][order]["ratio"] for order in ORDERS)
+        found["generate over its engine calls"] = _goal(overhead, OVERHEAD_GOAL, overhead <= OVERHEAD_GOAL)
+        found["times faster than diffusers"] = _goal(speed, SPEED_GOAL, speed >= SPEED_GOAL)
+    told = result["imports"]["statements"][IMPORTS[0]]
+    light = told["seconds"] <= IMPORT_GOAL and not told["exporters_loaded"]
+    found["seconds to import reelrt.runtime"] = _goal(told["seconds"], IMPORT_GOAL, light)
+    return found
+
+
+def _goal(measured: float, wanted: float, reached: bool) -> dict[str, Any]:
+    return {"measured": measured, "goal": wanted, "reached": reached}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the goals first, then what was measured."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    on = result["machine"]
+    console.print(f"{on['cpu']}, {on['cores']} cores, Python {on['python']}")
+    table = Table("goal", "wanted", "measured", "")
+    for name, goal in result["goals"].items():
+        reached = "reached" if goal["reached"] else "missed"
+        table.add_row(name, f"{goal['goal']:g}", f"{goal['measured']:.3f}", reached)
+    console.print(table)
+    if "overhead" in result:
+        settings = result["settings"]
+        console.print(
+            f"{settings['model']}: {settings['frames']} frames of {settings['width']}x{settings['height']}, "
+            f"{settings['steps']} steps, {settings['threads']} threads, {settings['precision']}; medians"
+        )
+        table = Table("order", "reelrt, s", "diffusers, s", "times faster")
+        for order in ORDERS:
+            runs = result["diffusers"][order]
+            seconds = [_median(runs[f"{name}_seconds"]) for name in ("reelrt", "diffusers")]
+            table.add_row(order, *(f"{each:.3f}" for each in seconds), f"{runs['ratio']:.2f}")
+        console.print(table)
+        inside = _median(result["overhead"]["engine_seconds"])
+        console.print(
+            f"{inside:.3f} s inside engine calls; pixels differ by at most "
+            f"{result['diffusers']['largest_pixel_difference']} of 255"
+        )
+    table = Table("import", "seconds", "of the whole process", "the first time")
+    for statement, told in result["imports"]["statements"].items():
+        columns = (told["seconds"], told["process_seconds"], told["first_seconds"])
+        table.add_row(statement, *(f"{each:.3f}" for each in columns))
+    console.print(table)
+    imports = result["imports"]
+    console.print(f"{len(imports['packages'])} packages, {imports['size_bytes'] / 2**20:.0f} MiB installed")
+
+
+def main() -> None:
+    """Measure, show, keep."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--import-only", action="store_true", help="measure the imports alone")
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "moving-shapes")
+    parser.add_argument("--engines", type=Path, help="an engine set of the model; made when none is given")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs in each order")
+    parser.add_argument("--threads", type=int, default=detect().cpu_cores)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    result: dict[str, Any] = {"benchmark": "loop-cpu", "machine": machine()}
+    if not options.import_only:
+        result["machine"] = machine(*LIBRARIES)
+        with tempfile.TemporaryDirectory(prefix="reelrt-loop-") as scratch:
+            folder = options.engines or make_engines(options.model, Path(scratch))
+            rivals = open_rivals(options.model, folder, options.threads)
+            result |= measure_loop(rivals, options.steps, options.repeats)
+    result["imports"] = measure_imports(options.repeats)
+    result["goals"] = goals(result)
+    show(result)
+    if not options.import_only:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+    sys.exit(not all(goal["reached"] for goal in result["goals"].values()))
+
+
+if __name__ == "__main__":
+    main()
