@@ -32,7 +32,7 @@ from models.moving_shapes import (
 )
 from reelrt.calibration.judge import ATTRIBUTES, judge
 from reelrt.calibration.prompts import pick_scenes
-from reelrt.calibration.sheet import Row, contact_sheet
+from reelrt.calibration.sheet import Row, contact_sheet, small_frames
 
 
 def load(module: nn.Module, state: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ def main() -> None:
         verdict = judge(video).right(scene)
         for name in ATTRIBUTES:
             right[name] += verdict[name]
-        rows.append(Row(video, scene.prompt, [name for name in ATTRIBUTES if not verdict[name]]))
+        rows.append(Row(small_frames(video), scene.prompt, [n for n in ATTRIBUTES if not verdict[n]]))
     sheet = work / "sheet.png"
     contact_sheet(rows).save(sheet)
     counts = "  ".join(f"{name} {right[name]}/{len(rows)}" for name in ATTRIBUTES)

@@ -64,11 +64,11 @@ class Recipe:
     seed: int = 0
     size: int = 64
     frames: int = 16
-    renderings: int = 6
+    renderings: int = 8
     text_steps: int = 400
     vae_steps: int = 1200
     vae_batch: int = 16
-    clips: str = "1:300,4:700,8:300,16:500"
+    clips: str = "1:200,4:700,8:300,16:500"
     frames_per_batch: int = 128
     learning_rate: float = 1e-3
     ema: float = 0.995
