@@ -1,0 +1,115 @@
+"""Writes the README's table of figures from `benchmarks/results/`.
+
+    python -m benchmarks.readme            write it
+    python -m benchmarks.readme --check    only say whether it is as it should be
+
+A row appears when its JSON file is there. Knows the files' names, and measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+GIB, MIB = 1 << 30, 1 << 20
+
+Row = tuple[str, str, str]
+
+
+def loop(found: Mapping[str, Any]) -> list[Row]:
+    """Rows of `loop-cpu.json`."""
+    settings, overhead, imports = found["settings"], found["overhead"], found["imports"]
+    orders = [value for value in found["diffusers"].values() if isinstance(value, dict)]
+    seconds = [
+        statistics.median([each for order in orders for each in order[f"{name}_seconds"]])
+        for name in ("reelrt", "diffusers")
+    ]
+    faster = min(order["ratio"] for order in orders)
+    video = f"{settings['frames']} frames of {settings['width']}×{settings['height']}"
+    how = f"{settings['steps']} steps, {settings['precision'].upper()}"
+    light = imports["statements"]["import reelrt.runtime"]["seconds"]
+    packages, size = len(imports["packages"]), imports["size_bytes"] / MIB
+    return [
+        (
+            f"A video of the bundled model: {video}, {how}",
+            f"{seconds[0]:.2f} s; diffusers {seconds[1]:.2f} s",
+            f"**{faster:.1f}×** faster",
+        ),
+        (
+            "`generate` beside the time inside its engine calls",
+            f"{seconds[0]:.2f} s; {statistics.median(overhead['engine_seconds']):.2f} s",
+            f"{overhead['ratio']:.3f}",
+        ),
+        (
+            "`import reelrt.runtime`; what its environment holds",
+            f"{light:.3f} s; {packages} packages, {size:.0f} MiB",
+            "no torch",
+        ),
+    ]
+
+
+def export_memory(found: Mapping[str, Any]) -> list[Row]:
+    """The row of `export-memory.json`."""
+    weights, peak = found["weight_bytes"] / GIB, found["peak_bytes"] / GIB
+    what = f"Peak memory of exporting a model of ms-1.7b's size, {found['precision'].upper()}"
+    return [(what, f"{peak:.1f} GiB; weights {weights:.1f} GiB", f"{peak / weights:.1f}× the weights")]
+
+
+def adherence(found: Mapping[str, Any]) -> list[Row]:
+    """The row of `adherence.json`, the bundled model's first run."""
+    run = found["runs"][0]
+    shares = [f"{name} {score['percent']:.0f} %" for name, score in run["scores"].items()]
+    of = run["scores"]["color"]["of"]
+    what = f"Videos of {of} prompts that show what was asked for, judged from their pixels"
+    return [(what, ", ".join(shares[:-1]), f"all of it: {shares[-1].removeprefix('everything ')}")]
+
+
+PARTS = {"loop-cpu": loop, "adherence": adherence, "export-memory": export_memory}
+"""Name of a JSON file to what makes rows of it, in the order of the table."""
+
+
+def block() -> str:
+    """The text between the README's marks."""
+    rows, machines = [], []
+    for name, make in PARTS.items():
+        path = RESULTS / f"{name}.json"
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            rows += [(*row, f"[{name}](benchmarks/results/{name}.json)") for row in make(found)]
+            machines += [found["machine"]] if "machine" in found else []
+    if not rows:
+        return ""
+    lines = ["| | measured | | figures |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    on = list(dict.fromkeys(f"{each['cpu']}, {each['cores']} cores" for each in machines))
+    where = f"On a CPU: {'; '.join(on)}. Medians; " if on else ""
+    return "\n".join([*lines, "", f"{where}[how it was measured](benchmarks/README.md)."])
+
+
+def main() -> None:
+    """Write the table, or check it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="exit with 1 when the table is out of date")
+    options = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN)
+    wanted = f"{head}{BEGIN}\n{block()}\n{END}{rest.split(END)[1]}"
+    if not options.check:
+        README.write_text(wanted, encoding="utf-8")
+    elif text != wanted:
+        print("README.md is out of date: python -m benchmarks.readme", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
