@@ -51,8 +51,7 @@ def loaded(model: ModelFolder, component: str, precision: str) -> Iterator[Any]:
                 folder, output_loading_info=True, local_files_only=True, **options
             )
         except (OSError, RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"{folder} cannot be loaded as a {name}: {first.rstrip('.')}.") from error
+            raise ModelError(f"{folder} cannot be loaded as a {name}: {_reason(error)}.") from error
     missing = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
     if missing:
         raise ModelError(
@@ -83,7 +82,7 @@ def load_scheduler(model: ModelFolder) -> Any:
         with _quiet():
             return kind.from_pretrained(model.path / "scheduler", local_files_only=True)
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
-        raise ModelError(f"{model.path / 'scheduler'} cannot be loaded: {error}.") from error
+        raise ModelError(f"{model.path / 'scheduler'} cannot be loaded: {_reason(error)}.") from error
 
 
 def write_tokenizer(model: ModelFolder, path: Path) -> tuple[Any, int]:
@@ -102,10 +101,13 @@ def write_tokenizer(model: ModelFolder, path: Path) -> tuple[Any, int]:
     try:
         with _quiet():
             own = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-            own.backend_tokenizer.save(str(path))
-    except Exception as error:  # noqa: BLE001 (the tokenizers library raises bare Exception)
-        raise ModelError(f"{folder} cannot be loaded: {error}.", "Download the model again.") from error
-    written = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises no other
+        raise ModelError(
+            f"{folder} cannot be loaded: {_reason(error)}.", "Download the model again."
+        ) from error
+    text = own.backend_tokenizer.to_str(pretty=True)
+    path.write_text(text, encoding="utf-8")
+    written = tokenizers.Tokenizer.from_str(text)
     written.no_padding()
     written.no_truncation()
     for text in TOKENIZER_PROBES:
@@ -114,6 +116,12 @@ def write_tokenizer(model: ModelFolder, path: Path) -> tuple[Any, int]:
             raise ModelError(f"{folder} cannot be exported: tokenizer.json gives other ids for {text!r}.")
     config = model.config("text_encoder")
     return own, min(int(own.model_max_length), int(config.get("max_position_embeddings", 77)))
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, without the full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
 
 
 @contextmanager

@@ -72,7 +72,8 @@ def _require_libraries() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise BackendError(
-            f"exporting needs {', '.join(missing)}, not installed here.", 'Run `pip install "reelrt[export]"`.'
+            f"exporting needs {', '.join(missing)}, not installed here.",
+            'Run `pip install "reelrt[export]"`.',
         )
 
 
@@ -90,7 +91,7 @@ def _write_bundle(
     for paper in folder.papers():
         shutil.copyfile(paper, target / paper.name)
     geometry = _geometry(folder, tokens, schedules.history_rows + (cfg == "split"))
-    guidance = float(folder.parameters.get("guidance_scale", GUIDANCE))
+    guidance = float(folder.parameter("guidance_scale", GUIDANCE))
     job = _StageJob(folder, target, precision, cfg, validate, progress)
     stages = {
         name: job.run(SPECS[name](geometry), schedules, scheduler.config, guidance)
@@ -114,20 +115,23 @@ def _geometry(folder: ModelFolder, tokens: int, state_rows: int) -> Geometry:
     unet, vae, text = (folder.config(name) for name in ("unet", "vae", "text_encoder"))
     if text.get("use_attention_mask"):
         raise ModelError(f"{folder.path}: a text encoder with an attention mask cannot be exported.")
-    scale = 2 ** (len(vae["block_out_channels"]) - 1)
     size = unet.get("sample_size") or SAMPLE_SIZE
     height, width = size if isinstance(size, list) else (size, size)
-    return Geometry(
-        latent_channels=unet["in_channels"],
-        spatial_scale=scale,
-        size_multiple=scale,
-        tokens=tokens,
-        text_width=unet["cross_attention_dim"],
-        state_rows=state_rows,
-        frames=int(folder.parameters.get("num_frames", FRAMES)),
-        height=height * scale,
-        width=width * scale,
-    )
+    try:
+        scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        return Geometry(
+            latent_channels=unet["in_channels"],
+            spatial_scale=scale,
+            size_multiple=scale,
+            tokens=tokens,
+            text_width=unet["cross_attention_dim"],
+            state_rows=state_rows,
+            frames=int(folder.parameter("num_frames", FRAMES)),
+            height=height * scale,
+            width=width * scale,
+        )
+    except KeyError as error:
+        raise ModelError(f"{folder.path}: the config.json of unet or vae has no {error}.") from error
 
 
 class _StageJob:
@@ -145,9 +149,7 @@ class _StageJob:
         self.folder, self.target, self.precision, self.cfg = folder, target, precision, cfg
         self.validate, self.progress = validate, progress
 
-    def run(
-        self, spec: StageSpec, schedules: Schedules, config: Mapping[str, Any], guidance: float
-    ) -> Stage:
+    def run(self, spec: StageSpec, schedules: Schedules, config: Mapping[str, Any], guidance: float) -> Stage:
         """Export one stage: record, write, free, compare."""
         from reelrt.export import unet3d, validation
         from reelrt.export.components import loaded
@@ -155,7 +157,12 @@ class _StageJob:
         from reelrt.export.schedules import make_scheduler
 
         path = self.target / f"{spec.name}.onnx"
-        notes = {"reelrt": __version__, "stage": spec.name, "family": self.folder.family.name, "cfg": self.cfg}
+        notes = {
+            "reelrt": __version__,
+            "stage": spec.name,
+            "family": self.folder.family.name,
+            "cfg": self.cfg,
+        }
         tokens = int(self.folder.config("text_encoder").get("vocab_size", 49408))
         cases, advance = [], None
         self.progress(spec.name, 0, 3)

@@ -47,12 +47,18 @@ class ModelFolder:
         """The licence's name as the model card gives it, or ""."""
         return str(self.card.get("license") or "")
 
-    @property
-    def parameters(self) -> Mapping[str, Any]:
-        """The model card's own defaults (`inference: parameters:`), or nothing."""
+    def parameter(self, name: str, default: float) -> float:
+        """A default of requests as the model card gives it (`inference: parameters:`).
+
+        Raises:
+            ModelError: The card gives no number.
+        """
         inference = self.card.get("inference")
         parameters = inference.get("parameters") if isinstance(inference, dict) else None
-        return parameters if isinstance(parameters, dict) else {}
+        value = parameters.get(name, default) if isinstance(parameters, dict) else default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ModelError(f"{self.path / CARD} gives {value!r} as {name}, which is no number.")
+        return value
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's `config.json`.
@@ -100,6 +106,10 @@ def open_folder(path: Path) -> ModelFolder:
         raise ModelError(f"{path} is a {pipeline}, which cannot be exported.", f"Supported is {known}.")
     classes = {name: _class(path, index, name, wanted) for name, wanted in family.components.items()}
     weighty = [name for name in classes if name not in NOT_WEIGHTS]
+    for component in classes:
+        if not (path / component).is_dir():
+            raise ModelError(f"{path} has no folder {component}.", "Download the model again.")
+    _json(path / "scheduler" / "scheduler_config.json")
     for component in weighty:
         _json(path / component / "config.json")
     variants = {component: _check_weights(path / component) for component in weighty}

@@ -6,11 +6,13 @@ import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reelrt.bundle.spec import StageSpec
+from reelrt.export.operators import TRANSLATIONS
 
 OPSET = 19
 """The newest that TensorRT 10.3 on JetPack 6.2 parses in full."""
@@ -79,13 +81,42 @@ def write_graph(
             input_names=list(spec.inputs),
             output_names=list(spec.outputs),
             dynamic_shapes=dynamic,
-            optimize=True,
+            custom_translation_table=TRANSLATIONS,
+            optimize=False,
             verbose=False,
         )
     assert program is not None
     graph = program.model
+    _tidy(graph)
     graph.metadata_props.clear()
     graph.metadata_props.update(notes)
-    weights = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
+    weights = sum(
+        value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value
+    )
     program.save(path, external_data=True)
     return weights
+
+
+def _tidy(graph: Any) -> None:
+    """Fold constants, merge equal nodes and weights, and forget where in Python each node was made.
+
+    The exporter's own `optimize` also searches for some dozens of patterns that our graphs do not
+    hold, which takes longer than everything else together.
+    """
+    import onnx_ir.passes.common as passes
+    from onnxscript import optimizer
+
+    for _ in range(2):
+        optimizer.fold_constants(graph)
+        passes.RemoveUnusedNodesPass()(graph)
+    for tidy in (
+        passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1024),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.IdentityEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.ClearMetadataAndDocStringPass(),
+    ):
+        tidy(graph)

@@ -5,7 +5,7 @@ usable beside it. What differs, all of it exact:
 
 - Per-frame copies of the time and text embeddings are broadcasts, so nothing is repeated.
 - Text keys and values are computed once per sample, not once per frame.
-- A Conv3d of kernel (3, 1, 1) is a Conv2d of kernel (3, 1) over [B, C, F, H*W].
+- A Conv3d of kernel (3, 1, 1) is a Conv2d of kernel (3, 1) over [B, C, F, h * w].
 - A linear layer's weight is stored the way MatMul reads it.
 - An upsampling goes to its skip connection's size, which is the double or one less.
 
@@ -20,42 +20,80 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from reelrt.export import operators
+
 
 class Projection(nn.Module):
     """A linear layer as `x @ weight + bias`, weight [in, out]."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(linear.weight.detach().t(), requires_grad=False)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Project the last dimension."""
-        out = x @ self.weight
-        return out if self.bias is None else out + self.bias
+        return operators.project(x, self.weight, self.bias)
 
 
-def project(module: nn.Module) -> nn.Module:
-    """Replace every linear layer inside a module, in place, by a `Projection`."""
+class Convolution(nn.Module):
+    """A convolution of stride 1 that keeps the size; a kernel of (3, 1, 1) becomes (3, 1)."""
+
+    def __init__(self, conv: Any) -> None:
+        super().__init__()
+        weight = conv.weight.detach()
+        self.weight = nn.Parameter(weight.squeeze(-1) if weight.ndim == 5 else weight, requires_grad=False)
+        self.bias = conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve [N, C, h, w]."""
+        return operators.convolve(x, self.weight, self.bias)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation of [N, C, h, w], with SiLU after it if asked."""
+
+    def __init__(self, norm: Any, silu: bool = False) -> None:
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(value.detach()[:, None, None], requires_grad=False)
+            for value in (norm.weight, norm.bias)
+        )
+        self.groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise."""
+        return operators.group_norm(x, self.weight, self.bias, self.groups, self.eps, self.silu)
+
+
+class LayerNorm(nn.Module):
+    """Normalisation of the last dimension."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise."""
+        return operators.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+REPLACEMENTS: dict[type, Any] = {nn.Linear: Projection, nn.LayerNorm: LayerNorm, nn.GroupNorm: GroupNorm}
+
+
+def lean(module: nn.Module) -> nn.Module:
+    """Replace every linear and normalisation layer inside a module, in place."""
     for name, child in module.named_children():
-        if type(child) is nn.Linear:
-            setattr(module, name, Projection(child))
+        replacement = REPLACEMENTS.get(type(child))
+        if replacement is None:
+            lean(child)
         else:
-            project(child)
+            setattr(module, name, replacement(child))
     return module
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float) -> Tensor:
-    """Attention in plain MatMul and Softmax, over [B, T, heads * d] each."""
-    query, key, value = (
-        x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query * scale, key, value)
-    )
-    out = (query @ key.transpose(-1, -2)).softmax(-1) @ value
-    return out.transpose(1, 2).flatten(2)
-
-
-class SelfAttention(nn.Module):
-    """Attention among the tokens [N, T, D] of each row."""
+class Attention(nn.Module):
+    """Attention among the tokens [N, T, D] of each row, or to one context per group of rows."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
@@ -63,20 +101,12 @@ class SelfAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = map(Projection, (attention.to_q, attention.to_k, attention.to_v))
         self.to_out = Projection(attention.to_out[0])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend within each row."""
-        return self.to_out(attend(self.to_q(x), self.to_k(x), self.to_v(x), self.heads, self.scale))
-
-
-class TextAttention(SelfAttention):
-    """Attention from the tokens [B * F, T, D] of all frames to one text [B, L, E] per sample."""
-
-    def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
-        """Attend to the text; keys and values are computed once per sample."""
-        assert text is not None
-        query = self.to_q(x).reshape(text.shape[0], -1, self.to_q.weight.shape[1])
-        out = attend(query, self.to_k(text), self.to_v(text), self.heads, self.scale)
-        return self.to_out(out.reshape(x.shape[0], x.shape[1], -1))
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Attend within each row; or from all frames of a sample [B * F, T, D] to its [B, L, E]."""
+        source = x if context is None else context
+        query, key, value = self.to_q(x), self.to_k(source), self.to_v(source)
+        grouped = context is not None
+        return self.to_out(operators.attend(query, key, value, self.heads, self.scale, grouped))
 
 
 class FeedForward(nn.Module):
@@ -89,63 +119,60 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token."""
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return self.out(value * functional.gelu(gate))
+        return self.out(operators.geglu(self.proj(x)))
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to text (or to itself again) and a feed-forward layer."""
+    """Self-attention, attention to a context (or to itself again) and a feed-forward layer."""
 
-    def __init__(self, block: Any, text: bool) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
-        self.attn1 = SelfAttention(block.attn1)
-        self.attn2 = TextAttention(block.attn2) if text else SelfAttention(block.attn2)
+        self.norm1, self.norm2, self.norm3 = map(LayerNorm, (block.norm1, block.norm2, block.norm3))
+        self.attn1, self.attn2 = Attention(block.attn1), Attention(block.attn2)
         self.ff = FeedForward(block.ff)
 
-    def forward(self, x: Tensor, *text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Transform tokens [N, T, D]."""
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), *text)
+        x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
-class SpatialTransformer(nn.Module):
-    """Attention among the cells of each frame, and to the text."""
+class Transformer(nn.Module):
+    """What spatial and temporal transformers share: a norm, projections and blocks."""
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()
-        self.norm = transformer.norm
+        self.norm = GroupNorm(transformer.norm)
         self.proj_in, self.proj_out = Projection(transformer.proj_in), Projection(transformer.proj_out)
-        self.blocks = nn.ModuleList(TransformerBlock(block, True) for block in transformer.transformer_blocks)
+        self.blocks = nn.ModuleList(map(TransformerBlock, transformer.transformer_blocks))
+
+    def transform(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
+        """Run the blocks over [N, T, C]."""
+        tokens = self.proj_in(tokens)
+        for block in self.blocks:
+            tokens = block(tokens, context)
+        out: Tensor = self.proj_out(tokens)
+        return out
+
+
+class SpatialTransformer(Transformer):
+    """Attention among the cells of each frame, and to the text."""
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """Transform [B * F, C, h, w]; text is [B, L, E]."""
-        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))
-        for block in self.blocks:
-            tokens = block(tokens, text)
-        return x + self.proj_out(tokens).transpose(1, 2).reshape(x.shape)
+        tokens = operators.cells_to_tokens(self.norm(x))
+        return operators.add_cells(x, self.transform(tokens, text))
 
 
-class TemporalTransformer(nn.Module):
+class TemporalTransformer(Transformer):
     """Attention among the frames of each cell."""
 
-    def __init__(self, transformer: Any) -> None:
-        super().__init__()
-        self.norm = transformer.norm
-        self.proj_in, self.proj_out = Projection(transformer.proj_in), Projection(transformer.proj_out)
-        self.blocks = nn.ModuleList(TransformerBlock(block, False) for block in transformer.transformer_blocks)
-
-    def forward(self, x: Tensor, batch: int) -> Tensor:
-        """Transform [B * F, C, h, w]."""
-        frames, cells = x.shape[0] // batch, x.shape[2] * x.shape[3]
-        volume = x.reshape(batch, frames, x.shape[1], cells)
-        normed = self.norm(volume.transpose(1, 2))  # [B, C, F, cells]
-        tokens = self.proj_in(normed.permute(0, 3, 2, 1).reshape(batch * cells, frames, -1))
-        for block in self.blocks:
-            tokens = block(tokens)
-        out = self.proj_out(tokens).reshape(batch, cells, frames, -1).permute(0, 2, 3, 1)
-        return x + out.reshape(x.shape)
+    def forward(self, x: Tensor, sample: Tensor) -> Tensor:
+        """Transform [B * F, C, h, w]; the sample [B, _, F, _, _] says how many frames."""
+        volume = self.norm(operators.to_volume(x, sample))
+        tokens = self.transform(operators.volume_to_tokens(volume))
+        return operators.add_volume(x, operators.tokens_to_volume(tokens, volume))
 
 
 class TemporalConv(nn.Module):
@@ -154,20 +181,15 @@ class TemporalConv(nn.Module):
     def __init__(self, layer: Any) -> None:
         super().__init__()
         stages = (layer.conv1, layer.conv2, layer.conv3, layer.conv4)
-        self.norms = nn.ModuleList(stage[0] for stage in stages)
-        self.weights = nn.ParameterList(
-            nn.Parameter(stage[-1].weight.detach().squeeze(-1), requires_grad=False) for stage in stages
-        )
-        self.biases = nn.ParameterList(stage[-1].bias for stage in stages)
+        self.norms = nn.ModuleList(GroupNorm(stage[0], silu=True) for stage in stages)
+        self.convs = nn.ModuleList(Convolution(stage[-1]) for stage in stages)
 
-    def forward(self, x: Tensor, batch: int) -> Tensor:
-        """Convolve [B * F, C, h, w]."""
-        frames, cells = x.shape[0] // batch, x.shape[2] * x.shape[3]
-        volume = x.reshape(batch, frames, x.shape[1], cells).transpose(1, 2)
-        out = volume
-        for norm, weight, bias in zip(self.norms, self.weights, self.biases, strict=True):
-            out = functional.conv2d(functional.silu(norm(out)), weight, bias, padding=(1, 0))
-        return (volume + out).transpose(1, 2).reshape(x.shape)
+    def forward(self, x: Tensor, sample: Tensor) -> Tensor:
+        """Convolve [B * F, C, h, w]; the sample [B, _, F, _, _] says how many frames."""
+        volume = operators.to_volume(x, sample)
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            volume = conv(norm(volume))
+        return operators.add_volume(x, volume)
 
 
 class ResBlock(nn.Module):
@@ -175,20 +197,19 @@ class ResBlock(nn.Module):
 
     def __init__(self, resnet: Any) -> None:
         super().__init__()
-        self.norm1, self.conv1 = resnet.norm1, resnet.conv1
-        self.norm2, self.conv2 = resnet.norm2, resnet.conv2
+        silu = isinstance(resnet.nonlinearity, nn.SiLU)
+        self.norm1, self.norm2 = (GroupNorm(norm, silu) for norm in (resnet.norm1, resnet.norm2))
+        self.activation = nn.Identity() if silu else resnet.nonlinearity
+        self.conv1, self.conv2 = Convolution(resnet.conv1), Convolution(resnet.conv2)
         self.time = Projection(resnet.time_emb_proj)
-        self.shortcut = resnet.conv_shortcut
-        self.activation = resnet.nonlinearity
+        self.shortcut = None if resnet.conv_shortcut is None else Convolution(resnet.conv_shortcut)
         self.divisor = resnet.output_scale_factor
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, sample: Tensor) -> Tensor:
         """Convolve [B * F, C, h, w]; time is the activated embedding [B, T]."""
-        out = self.conv1(self.activation(self.norm1(x)))
-        shift = self.time(time)[:, None, :, None, None]
-        out = (out.reshape(time.shape[0], -1, *out.shape[1:]) + shift).reshape(out.shape)
+        out = operators.add_per_sample(self.conv1(self.activation(self.norm1(x))), self.time(time), sample)
         out = self.conv2(self.activation(self.norm2(out)))
-        out = out + (x if self.shortcut is None else self.shortcut(x))
+        out = (x if self.shortcut is None else self.shortcut(x)) + out
         return out if self.divisor == 1 else out / self.divisor
 
 
@@ -201,12 +222,12 @@ class Layer(nn.Module):
         self.spatial = None if spatial is None else SpatialTransformer(spatial)
         self.temporal = None if temporal is None else TemporalTransformer(temporal)
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, text: Tensor, sample: Tensor) -> Tensor:
         """Transform [B * F, C, h, w]."""
-        x = self.conv(self.resnet(x, time), time.shape[0])
+        x = self.conv(self.resnet(x, time, sample), sample)
         if self.spatial is None or self.temporal is None:
             return x
-        return self.temporal(self.spatial(x, text), time.shape[0])
+        return self.temporal(self.spatial(x, text), sample)
 
 
 def _layers(block: Any) -> nn.ModuleList:
@@ -216,6 +237,42 @@ def _layers(block: Any) -> nn.ModuleList:
     missing = len(resnets) - len(spatial)  # the middle block's last layer, or a block without any
     spatial, temporal = [*spatial, *[None] * missing], [*temporal, *[None] * missing]
     return nn.ModuleList(map(Layer, resnets, convs, spatial, temporal))
+
+
+class DownBlock(nn.Module):
+    """The layers of one resolution, and the way down to the next."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.layers, self.samplers = _layers(block), nn.ModuleList(block.downsamplers or [])
+
+    def forward(self, x: Tensor, time: Tensor, text: Tensor, sample: Tensor) -> list[Tensor]:
+        """Transform [B * F, C, h, w]; each result is a skip connection, the last goes on."""
+        results = []
+        for layer in self.layers:
+            x = layer(x, time, text, sample)
+            results.append(x)
+        for sampler in self.samplers:
+            x = sampler(x)
+            results.append(x)
+        return results
+
+
+class UpBlock(nn.Module):
+    """The layers of one resolution, and the way up to the next."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.layers = _layers(block)
+        self.convs = nn.ModuleList(Convolution(sampler.conv) for sampler in block.upsamplers or [])
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, text: Tensor, sample: Tensor) -> Tensor:
+        """Transform [B * F, C, h, w]; uses up skip connections from the end of the list."""
+        for layer in self.layers:
+            x = layer(torch.cat([x, skips.pop()], dim=1), time, text, sample)
+        for conv in self.convs:
+            x = conv(functional.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
+        return x
 
 
 class LeanUNet3D(nn.Module):
@@ -232,17 +289,13 @@ class LeanUNet3D(nn.Module):
         self.time2 = Projection(unet.time_embedding.linear_2)
         self.activation = unet.time_embedding.act
         self.time_activation = unet.mid_block.resnets[0].nonlinearity
-        self.conv_in, self.transformer_in = unet.conv_in, TemporalTransformer(unet.transformer_in)
-        self.down = nn.ModuleList(map(_layers, unet.down_blocks))
-        self.shrink = nn.ModuleList(
-            nn.ModuleList(block.downsamplers or []) for block in unet.down_blocks
-        )
+        self.conv_in = Convolution(unet.conv_in)
+        self.transformer_in = TemporalTransformer(unet.transformer_in)
+        self.down = nn.ModuleList(map(DownBlock, unet.down_blocks))
         self.middle = _layers(unet.mid_block)
-        self.up = nn.ModuleList(map(_layers, unet.up_blocks))
-        self.grow = nn.ModuleList(
-            nn.ModuleList([sampler.conv for sampler in block.upsamplers or []]) for block in unet.up_blocks
-        )
-        self.norm_out, self.act_out, self.conv_out = unet.conv_norm_out, unet.conv_act, unet.conv_out
+        self.up = nn.ModuleList(map(UpBlock, unet.up_blocks))
+        self.norm_out = None if unet.conv_norm_out is None else GroupNorm(unet.conv_norm_out, silu=True)
+        self.conv_out = Convolution(unet.conv_out)
 
     def forward(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """Predict.
@@ -258,25 +311,15 @@ class LeanUNet3D(nn.Module):
         batch, _, frames, height, width = sample.shape
         time = self.time2(self.activation(self.time1(self.time_proj(timestep).to(sample.dtype))))
         time = self.time_activation(time)  # what every ResBlock would do again
-        x = self.conv_in(sample.transpose(1, 2).flatten(0, 1))
-        x = self.transformer_in(x, batch)
-        skips = [x]
-        for layers, samplers in zip(self.down, self.shrink, strict=True):
-            for layer in layers:
-                x = layer(x, time, text)
-                skips.append(x)
-            for sampler in samplers:
-                x = sampler(x)
-                skips.append(x)
+        skips = [self.transformer_in(self.conv_in(sample.transpose(1, 2).flatten(0, 1)), sample)]
+        for block in self.down:
+            skips += block(skips[-1], time, text, sample)
+        x = skips[-1]
         for layer in self.middle:
-            x = layer(x, time, text)
-        for layers, convs in zip(self.up, self.grow, strict=True):
-            for layer in layers:
-                x = layer(torch.cat([x, skips.pop()], dim=1), time, text)
-            for conv in convs:
-                size = skips[-1].shape[2:]
-                x = conv(functional.interpolate(x, size=(size[0], size[1]), mode="nearest"))
+            x = layer(x, time, text, sample)
+        for block in self.up:
+            x = block(x, skips, time, text, sample)
         if self.norm_out is not None:
-            x = self.act_out(self.norm_out(x))
-        out = self.conv_out(x)
+            x = self.norm_out(x)
+        out: Tensor = self.conv_out(x)
         return out.reshape(batch, frames, -1, height, width).transpose(1, 2)

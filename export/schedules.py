@@ -9,7 +9,7 @@ scheduler on random data. No solver is implemented here, and none is known but b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -60,10 +60,13 @@ SOLVERS: dict[str, Solver] = {
 
 NON_LINEAR = ("thresholding", "clip_sample")
 STOCHASTIC = ("sde-dpmsolver", "sde-dpmsolver++")
+"""Algorithms of the multistep schedulers that draw noise in every step."""
 
 
 def own_solver(scheduler: str) -> str:
     """The name of a model's own solver.
+
+    A multistep scheduler of another order or algorithm counts as the solver of its class.
 
     Raises:
         ModelError: The scheduler is none that can be compiled.
@@ -101,10 +104,11 @@ def compile_schedules(
     _refuse(config)
     schedules: list[Schedule] = []
     for index, name in enumerate(solvers):
+        scheduler = make_scheduler(name, config)
         found = []
         for done, count in enumerate(steps):
             progress("schedules", index * len(steps) + done, len(solvers) * len(steps))
-            schedule = _compile(name, config, count)
+            schedule = _compile(name, scheduler, count)
             if schedule is not None:
                 found.append(schedule)
         if not found:
@@ -128,6 +132,11 @@ def _refuse(config: Mapping[str, Any]) -> None:
             "compiled.",
             "Set algorithm_type to dpmsolver++ in scheduler_config.json.",
         )
+    if config.get("eta"):
+        raise ModelError(
+            f"{name} with eta={config['eta']} draws noise in every step and cannot be compiled.",
+            "Set eta to 0 in scheduler_config.json.",
+        )
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
@@ -143,18 +152,31 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
         merged = {**solver.defaults, **config, **solver.options}
         return getattr(diffusers, solver.scheduler).from_config(merged)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise ModelError(
-            f"{solver.scheduler} cannot take this model's configuration: {error}."
-        ) from error
+        raise ModelError(f"{solver.scheduler} cannot take this model's configuration: {error}.") from error
 
 
+def set_timesteps(scheduler: Any, steps: int) -> None:
+    """Start a diffusers scheduler anew at a step count.
+
+    "trailing" spacing rounds `np.arange(1000, 0, -1000 / steps)`, which for 61 steps has 62 entries;
+    the last becomes timestep -1, which no network knows, and is dropped here.
+    """
+    scheduler.set_timesteps(steps)
+    if len(scheduler.timesteps) == steps + 1 and scheduler.timesteps[-1] < 0:
+        scheduler.num_inference_steps = steps
+        scheduler.timesteps = scheduler.timesteps[:-1]
+        if hasattr(scheduler, "sigmas"):
+            scheduler.sigmas = torch.cat([scheduler.sigmas[:steps], scheduler.sigmas[-1:]])
+
+
+@torch.inference_mode()
 def run_scheduler(
     scheduler: Any, steps: int, start: Float64, output: Callable[[int], Float64]
 ) -> tuple[Float64, Float64, Float64]:
     """Run a diffusers scheduler on any row of numbers in place of latents.
 
     Args:
-        scheduler: Freshly made.
+        scheduler: As from `make_scheduler`; it is started anew.
         steps: Step count.
         start: The starting sample [D].
         output: The model output [D] at step i.
@@ -162,7 +184,7 @@ def run_scheduler(
     Returns:
         Timesteps [N], input scales [N], samples [N + 1, D].
     """
-    scheduler.set_timesteps(steps)
+    set_timesteps(scheduler, steps)
     samples, scales = [start], []
     one = torch.ones(1, dtype=torch.float64)
     sample = torch.from_numpy(start)[None, :, None, None]
@@ -174,13 +196,12 @@ def run_scheduler(
     return scheduler.timesteps.double().numpy(), np.array(scales), np.array(samples)
 
 
-def _compile(name: str, config: Mapping[str, Any], steps: int) -> Schedule | None:
+def _compile(name: str, scheduler: Any, steps: int) -> Schedule | None:
     """One schedule; None when the scheduler itself cannot do this step count.
 
     One run serves both ends: the first N + 1 columns are the unit vectors over x[0] and
     m[0] ... m[N-1], the others are random data that the recurrence must reproduce.
     """
-    scheduler = make_scheduler(name, config)
     noise = np.random.default_rng(steps).normal(size=(steps + 1, RANDOM_COLUMNS))
     columns = np.hstack([np.eye(steps + 1), noise])
     try:
@@ -206,6 +227,8 @@ def _compile(name: str, config: Mapping[str, Any], steps: int) -> Schedule | Non
 def _read_off(name: str, samples: Float64, model_outputs: Float64) -> tuple[Float64, Float64]:
     """Coefficients of samples and outputs, each row with the smallest history that is exact.
 
+    Least squares through the pseudo-inverse, which takes all rows at once.
+
     Args:
         name: The solver, for messages.
         samples: Samples over the unit vectors [N + 1, N + 1].
@@ -213,18 +236,24 @@ def _read_off(name: str, samples: Float64, model_outputs: Float64) -> tuple[Floa
     """
     steps = len(model_outputs)
     past, seen = (np.zeros((steps, max(rows))) for rows in zip(*HISTORIES, strict=True))
-    for index in range(steps):
-        target = samples[index + 1]
-        for rows in HISTORIES:
-            x_rows, m_rows = (min(count, index + 1) for count in rows)
-            basis = np.vstack([samples[index::-1][:x_rows], model_outputs[index::-1][:m_rows]])
-            fit = np.linalg.lstsq(basis.T, target, rcond=None)[0]
-            if np.abs(fit @ basis - target).max() <= FIT * max(1.0, np.abs(target).max()):
-                past[index, :x_rows], seen[index, :m_rows] = fit[:x_rows], fit[x_rows:]
-                break
-        else:
-            raise ModelError(f"{SOLVERS[name].scheduler} at {steps} steps is no short linear recurrence.")
-    return past, seen
+    remaining = np.arange(steps)
+    for x_rows, m_rows in HISTORIES:
+        history = [*_delayed(samples[:-1], x_rows), *_delayed(model_outputs, m_rows)]
+        basis, target = np.stack(history, axis=1)[remaining], samples[1:][remaining]
+        fit = (target[:, None] @ np.linalg.pinv(basis))[:, 0]
+        residual = np.abs((fit[:, None] @ basis)[:, 0] - target).max(axis=1)
+        exact = residual <= FIT * np.abs(target).max(axis=1, initial=1)
+        past[remaining[exact], :x_rows] = fit[exact, :x_rows]
+        seen[remaining[exact], :m_rows] = fit[exact, x_rows:]
+        remaining = remaining[~exact]
+        if not len(remaining):
+            return past, seen
+    raise ModelError(f"{SOLVERS[name].scheduler} at {steps} steps is no short linear recurrence.")
+
+
+def _delayed(rows: Float64, count: int) -> list[Float64]:
+    """The rows [N, D], the same one step later, ...; zeros before the first."""
+    return [np.vstack([np.zeros((delay, rows.shape[1])), rows])[: len(rows)] for delay in range(count)]
 
 
 def replay(schedule: Schedule, start: Float64, model_outputs: Float64) -> Float64:
@@ -241,12 +270,7 @@ def _same_history(schedules: Sequence[Schedule]) -> list[Schedule]:
     """Drop the history that none of a solver's schedules looks at."""
     x_rows = max(_used(schedule.samples) for schedule in schedules)
     m_rows = max(_used(schedule.outputs) for schedule in schedules)
-    return [
-        Schedule(
-            s.solver, s.timesteps, s.input_scale, s.samples[:, :x_rows], s.outputs[:, :m_rows], s.init_noise_sigma
-        )
-        for s in schedules
-    ]
+    return [replace(s, samples=s.samples[:, :x_rows], outputs=s.outputs[:, :m_rows]) for s in schedules]
 
 
 def _used(coefficients: Float64) -> int:

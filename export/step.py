@@ -39,14 +39,15 @@ class Step(nn.Module):
         Returns:
             The next state and `step + 1`.
         """
-        index = step[:, None, None].expand(-1, 1, table.shape[2])
-        row = table.gather(1, index)[:, 0]
-        sample = (state[:, 0] * _column(row, 1, 5)).to(text.dtype)
+        index = step.reshape(-1, 1, 1).expand(-1, 1, table.shape[2])
+        row = table.gather(1, index).squeeze(1)
+        timestep = row.select(1, 0)
+        sample = (state.select(1, 0) * _column(row, 1, 5)).to(text.dtype)
         if self.cfg == "split":
-            chosen = where(_column(row, 2, 3) > 0.5, text[:, 1], text[:, 0])
-            output = self.network(sample, row[:, 0], chosen).float()
+            chosen = where(_column(row, 2, 3) > 0.5, text.select(1, 1), text.select(1, 0))
+            output = self.network(sample, timestep, chosen).float()
         else:
-            both = self.network(_twice(sample), _twice(row[:, 0]), text.flatten(0, 1)).float()
+            both = self.network(_twice(sample), _twice(timestep), text.flatten(0, 1)).float()
             unconditional, conditional = both.unflatten(0, (-1, 2)).unbind(1)
             output = unconditional + _column(row, 2, 5) * (conditional - unconditional)
         return _advance(row, state, output), step + 1
@@ -54,18 +55,18 @@ class Step(nn.Module):
 
 def _column(row: Tensor, index: int, dimensions: int) -> Tensor:
     """One column of the row, shaped to broadcast over a tensor of so many dimensions."""
-    return row[:, index].reshape(-1, *[1] * (dimensions - 1))
+    return row.select(1, index).reshape(-1, *[1] * (dimensions - 1))
 
 
 def _twice(x: Tensor) -> Tensor:
-    return x[:, None].expand(-1, 2, *x.shape[1:]).flatten(0, 1)
+    return x.unsqueeze(1).expand(-1, 2, *x.shape[1:]).flatten(0, 1)
 
 
 def _advance(row: Tensor, state: Tensor, output: Tensor) -> Tensor:
     """W @ [state; output], unrolled over the columns of W."""
     rows = state.shape[1]
-    weights = row[:, TABLE_COLUMNS:].reshape(-1, rows, rows + 1, 1, 1, 1, 1)
-    result = weights[:, :, rows] * output[:, None]
+    weights = row.narrow(1, TABLE_COLUMNS, rows * (rows + 1)).reshape(-1, rows, rows + 1, 1, 1, 1, 1)
+    result = weights.select(2, rows) * output.unsqueeze(1)
     for column in range(rows):
-        result = result + weights[:, :, column] * state[:, column : column + 1]
+        result = result + weights.select(2, column) * state.narrow(1, column, 1)
     return result

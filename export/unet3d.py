@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from reelrt.bundle.schedule import Cfg
-from reelrt.export.rewrites import LeanUNet3D, attend, project
+from reelrt.export import operators
+from reelrt.export.rewrites import Attention, GroupNorm, LeanUNet3D, lean
 from reelrt.export.step import Step
 
 
@@ -81,17 +82,19 @@ class DecoderReference(nn.Module):
         return (pixels * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2)
 
 
-class DecoderAttention:
-    """The decoder's self-attention over the cells of one frame, in plain MatMul and Softmax."""
+class DecoderAttention(nn.Module):
+    """The decoder's self-attention over the cells of one frame, in place of diffusers' own."""
 
-    def __call__(self, attention: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.norm, self.attention = GroupNorm(attention.group_norm), Attention(attention)
+        self.divisor = attention.rescale_output_factor
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
         """Attend among the cells of [N, C, h, w]."""
-        tokens = attention.group_norm(hidden_states.flatten(2)).transpose(1, 2)
-        query, key, value = attention.to_q(tokens), attention.to_k(tokens), attention.to_v(tokens)
-        out = attention.to_out[0](attend(query, key, value, attention.heads, attention.scale))
-        out = out.transpose(1, 2).reshape(hidden_states.shape) + hidden_states
-        divisor: float = attention.rescale_output_factor
-        return out / divisor
+        tokens = operators.cells_to_tokens(self.norm(x))
+        out = operators.add_cells(x, self.attention(tokens))
+        return out if self.divisor == 1 else out / self.divisor
 
 
 def reference(stage: str, component: Any, cfg: Cfg) -> nn.Module:
@@ -106,8 +109,9 @@ def exported(stage: str, component: Any, cfg: Cfg) -> nn.Module:
     if stage == "step":
         return Step(LeanUNet3D(component), cfg)
     if stage == "text_encoder":
-        return project(TextEncoder(component))
-    for attention in component.decoder.mid_block.attentions:
+        return lean(TextEncoder(component))
+    attentions = component.decoder.mid_block.attentions
+    for index, attention in enumerate(attentions):
         if attention is not None:
-            attention.set_processor(DecoderAttention())
-    return project(Decoder(component))
+            attentions[index] = DecoderAttention(attention)
+    return lean(Decoder(component))

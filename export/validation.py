@@ -79,7 +79,11 @@ def record(reference: nn.Module, spec: StageSpec, precision: str, tokens: int) -
 
 
 def open_session(path: Path) -> Any:
-    """A graph in ONNX Runtime as it is, with no second copy of its weights."""
+    """A graph in ONNX Runtime as it is, with no second copy of its weights.
+
+    Raises:
+        ModelError: ONNX Runtime refuses the graph.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -89,25 +93,39 @@ def open_session(path: Path) -> Any:
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own have no common base
+        raise ModelError(f"{path.name} does not load in ONNX Runtime: {_sentence(error)}.") from error
+
+
+def _run(session: Any, spec: StageSpec, feed: Mapping[str, Array], when: str) -> list[Array]:
+    try:
+        outputs: list[Array] = session.run(list(spec.outputs), dict(feed))
+    except Exception as error:  # ONNX Runtime's own have no common base
+        raise ModelError(f"{spec.name} does not run {when}: {_sentence(error)}.") from error
+    return outputs
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def check(session: Any, spec: StageSpec, precision: str, cases: Sequence[Case]) -> None:
     """Compare a graph with what the model said.
 
     Raises:
-        ModelError: Names or shapes are not the spec's.
+        ModelError: Names or shapes are not the spec's, or the graph does not run at a shape.
         ValidationError: Values differ by more than the tolerance.
     """
     _check_names(session, spec)
     for case in cases:
-        outputs = session.run(list(spec.outputs), dict(case.inputs))
+        outputs = _run(session, spec, case.inputs, f"at {case.label}")
         for (name, expected), found in zip(case.expected.items(), outputs, strict=True):
             what = f"{spec.name}: {name} at {case.label}"
             if found.shape != expected.shape or found.dtype != expected.dtype:
-                raise ModelError(
-                    f"{what} is {found.dtype} {list(found.shape)}, not {expected.dtype} {list(expected.shape)}."
-                )
+                wanted = f"{expected.dtype} {list(expected.shape)}"
+                raise ModelError(f"{what} is {found.dtype} {list(found.shape)}, not {wanted}.")
             _compare(what, found, expected, _tolerance(spec, precision, expected.dtype))
 
 
@@ -176,6 +194,7 @@ def check_advance(session: Any, spec: StageSpec, precision: str, cfg: Cfg, run: 
     """Drive the step graph through a whole table and compare where it ends.
 
     Raises:
+        ModelError: The graph does not run.
         ValidationError: It ends elsewhere than diffusers, or its counter does.
     """
     state_rows = spec.inputs["state"].axes[1]
@@ -186,7 +205,7 @@ def check_advance(session: Any, spec: StageSpec, precision: str, cfg: Cfg, run: 
     step = np.zeros(1, np.int64)
     for _ in range(table.shape[1]):
         feed = {"state": state, "table": table, "step": step, "text": run.text}
-        state, step = session.run(list(spec.outputs), feed)
+        state, step = _run(session, spec, feed, "through a whole table")
     what = f"step: latents after {run.schedule.steps} steps of {run.schedule.solver}"
     _compare(what, state[:, 0], run.expected, ADVANCE_TOLERANCE[precision])
     _compare("step: step_next after a whole table", step, np.array([table.shape[1]]), 0)
