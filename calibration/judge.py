@@ -32,7 +32,7 @@ WORKING_SIDE = 64
 # Part of the picture on each side that counts as border.
 BORDER = 1 / 32
 # Distances of RGB values in 0..255. The closest two colours are 110 apart, the backgrounds 194.
-COLOR_REACH = 90.0
+COLOR_REACH = 80.0
 BACKGROUND_REACH = 80.0
 CONTRAST = 45.0
 FLICKER = 50.0
