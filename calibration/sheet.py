@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from PIL import ImageDraw
     from PIL.Image import Image
 
-FRAMES = 6
+SHOWN = 6
 FRAME_SIDE = 64
 GAP, TEXT_HEIGHT = 3, 15
 FONT_SIZE = 11
 PAPER, INK, RED = (255, 255, 255), (20, 20, 20), (200, 0, 0)
+
+Frames = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,44 +30,54 @@ class Row:
     """One video on the sheet.
 
     Attributes:
-        frames: RGB, uint8 [F, H, W, 3]; a few, evenly spread, are shown.
+        frames: Those shown, RGB, uint8 [n, h, w, 3]; see `small_frames`.
         caption: Written above them.
         failed: Words written in red behind the caption; a row that has any is framed in red.
     """
 
-    frames: npt.NDArray[np.uint8]
+    frames: Frames
     caption: str
     failed: Sequence[str] = ()
+
+
+def small_frames(frames: Frames) -> Frames:
+    """A few frames of a video, evenly spread, with a longer side of 64 pixels.
+
+    Args:
+        frames: RGB, uint8 [F, H, W, 3].
+    """
+    from PIL import Image
+
+    height, width = frames.shape[1:3]
+    longer = max(width, height)
+    size = (max(1, FRAME_SIDE * width // longer), max(1, FRAME_SIDE * height // longer))
+    picked = np.linspace(0, len(frames) - 1, min(SHOWN, len(frames))).round().astype(int)
+    pictures = [Image.fromarray(frames[index]).resize(size, Image.Resampling.BICUBIC) for index in picked]
+    return np.stack([np.asarray(picture) for picture in pictures])
 
 
 def contact_sheet(rows: Sequence[Row], columns: int = 2) -> Image:
     """Draw the sheet.
 
     Args:
-        rows: At least one, all of one picture size.
+        rows: At least one, alike in the number and size of their frames.
         columns: Videos beside each other.
     """
     from PIL import Image, ImageDraw
 
-    height, width = rows[0].frames.shape[1:3]
-    tile = (FRAME_SIDE * width // max(width, height), FRAME_SIDE * height // max(width, height))
-    shown = min(FRAMES, max(len(row.frames) for row in rows))
-    cell = (shown * (tile[0] + GAP) + 3 * GAP, tile[1] + TEXT_HEIGHT + 4 * GAP)
-    columns = min(columns, len(rows))
-    lines = -(-len(rows) // columns)
-    sheet = Image.new("RGB", (columns * cell[0], lines * cell[1]), PAPER)
+    shown, height, width, _ = rows[0].frames.shape
+    across, columns = shown * (width + GAP), min(columns, len(rows))
+    cell = (across + 3 * GAP, height + TEXT_HEIGHT + 4 * GAP)
+    sheet = Image.new("RGB", (columns * cell[0], -(-len(rows) // columns) * cell[1]), PAPER)
     pen = ImageDraw.Draw(sheet)
     for index, row in enumerate(rows):
         left, top = index % columns * cell[0] + 2 * GAP, index // columns * cell[1] + GAP
-        _write(pen, (left, top), row, shown * (tile[0] + GAP))
+        _write(pen, (left, top), row, across)
         top += TEXT_HEIGHT + GAP
         if row.failed:
-            right = left + shown * (tile[0] + GAP)
-            pen.rectangle((left - GAP, top - GAP, right - 1, top + tile[1] + GAP - 1), RED)
-        picked = np.linspace(0, len(row.frames) - 1, min(shown, len(row.frames))).round().astype(int)
-        for number, frame in enumerate(row.frames[picked]):
-            picture = Image.fromarray(frame).resize(tile, Image.Resampling.BICUBIC)
-            sheet.paste(picture, (left + number * (tile[0] + GAP), top))
+            pen.rectangle((left - GAP, top - GAP, left + across - 1, top + height + GAP - 1), RED)
+        for number, frame in enumerate(row.frames):
+            sheet.paste(Image.fromarray(frame), (left + number * (width + GAP), top))
     return sheet
 
 

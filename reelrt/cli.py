@@ -11,10 +11,19 @@ from typing import Annotated, Any, Literal
 import typer
 
 from reelrt import __version__
-from reelrt.console import EXIT_CODES, command, end_on_sigterm, note, progress_bars, show
+from reelrt.console import (
+    EPILOG,
+    Debug,
+    Json,
+    Solver,
+    command,
+    end_on_signals,
+    note,
+    progress_bars,
+    show,
+)
 from reelrt.errors import InputError, IntegrityError
-
-EPILOG = "Exit codes: " + "; ".join(f"{code} {when}" for code, when in EXIT_CODES) + "."
+from reelrt.evaluate import evaluate
 
 app = typer.Typer(
     name="reelrt",
@@ -23,17 +32,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-evaluate = typer.Typer(name="evaluate", help="Measure what a set of engines generates.", no_args_is_help=True)
 app.add_typer(evaluate)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
 
 Precision = Literal["fp32", "fp16"]
 Cfg = Literal["split", "batched"]
 Backend = Literal["auto", "onnxruntime", "tensorrt_rtx", "tensorrt"]
-Solver = Literal["ddim", "euler", "dpmpp_2m", "unipc", "deis"]
 
 
 def _version(show: bool) -> None:
@@ -163,7 +166,7 @@ def generate(
 
     paths = _outputs(output, len(prompts))
     for path in paths:
-        check_writable(path)
+        check_writable(path, fps)
     began = time.monotonic()
     pipe = load(engines)
     seconds = {"load": time.monotonic() - began}
@@ -275,7 +278,11 @@ def _stages(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _is_export(output: Path, model: Path, precision: str, cfg: str) -> bool:
-    """Whether a bundle is what this version would export from a model, by its recorded hash."""
+    """Whether a bundle is what this version would export from a model, by the recorded hashes.
+
+    The model card counts: it sets the guidance, the frames and the licence.
+    """
+    from reelrt.bundle.files import sha256
     from reelrt.bundle.manifest import MANIFEST, Bundle
     from reelrt.export.folder import open_folder
 
@@ -287,8 +294,11 @@ def _is_export(output: Path, model: Path, precision: str, cfg: str) -> bool:
         note(f"{output} is exported anew: {error.message}")
         return False
     made = (bundle.version, bundle.pipeline.cfg, bundle.stages["step"].precision)
+    folder = open_folder(model)
     return (
-        made == (__version__, cfg, precision) and bundle.pipeline.model.sha256 == open_folder(model).sha256()
+        made == (__version__, cfg, precision)
+        and bundle.pipeline.model.sha256 == folder.sha256()
+        and all(bundle.files.get(paper.name) == sha256(paper) for paper in folder.papers())
     )
 
 
@@ -323,5 +333,5 @@ def _outputs(output: Path, count: int) -> list[Path]:
 
 def main() -> None:
     """The `reelrt` command."""
-    end_on_sigterm()
+    end_on_signals()
     app()

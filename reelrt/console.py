@@ -18,8 +18,9 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, ParamSpec, TypeVar
 
+import typer
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.padding import Padding
@@ -47,9 +48,15 @@ EXIT_CODES: tuple[tuple[int, str], ...] = (
     (5, "the engines were built for another device or backend version"),
     (6, "a backend is not installed, or failed"),
     (7, "the disk is full, or the system refused a file"),
+    (8, "an evaluation is below its minimum"),
     (130, "interrupted; nothing is left half-written"),
 )
-INPUT_CODE, SYSTEM_CODE, INTERRUPTED_CODE = 2, 7, 130
+INPUT_CODE, SYSTEM_CODE, BELOW_MINIMUM_CODE, INTERRUPTED_CODE = 2, 7, 8, 130
+EPILOG = "Exit codes: " + "; ".join(f"{code} {when}" for code, when in EXIT_CODES) + "."
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Solver = Literal["ddim", "euler", "dpmpp_2m", "unipc", "deis"]
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -119,7 +126,7 @@ def _describe(error: BaseException) -> tuple[str, str, int]:
         return error.message, error.remedy, SYSTEM_CODE if system else error.exit_code
     # safetensors and ONNX Runtime report a full disk as errors of their own.
     if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
-        name = getattr(error, "filename", None)
+        name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # a copy names both
         return f"the disk is full{f' (writing {name})' if name else ''}.", "Free some space.", SYSTEM_CODE
     if isinstance(error, OSError) and error.strerror:
         return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}.", "", SYSTEM_CODE
@@ -244,6 +251,9 @@ def _lines() -> Callable[[str, int, int], None]:
     return line
 
 
-def end_on_sigterm() -> None:
-    """Let SIGTERM unwind the stack, so that half-written folders are removed."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+def end_on_signals() -> None:
+    """Let SIGTERM and a closed terminal unwind the stack, so that half-written folders are removed."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, lambda caught, _: sys.exit(128 + caught))

@@ -92,6 +92,7 @@ def test_completion_is_offered() -> None:
         ),
         (CompatibilityError("built for 8.6."), 5, "built for 8.6."),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 7, "the disk is full (writing /x/y)."),
+        (OSError(errno.ENOSPC, "No space", "/from", None, "/to"), 7, "the disk is full (writing /to)."),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 7, "the disk is full."),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 7, "/x: Permission denied."),
         (KeyboardInterrupt(), 130, "interrupted; nothing is left half-written."),
