@@ -357,12 +357,15 @@ def save(
     vae: AutoencoderKL,
     unet: UNet3DConditionModel,
 ) -> None:
-    """Write the diffusers folder, weights in float16 to halve what the repository carries."""
+    """Write the diffusers folder, weights in float16 to halve what the repository carries.
+
+    The text encoder keeps float32: transformers loads a file in the type it has, diffusers in float32.
+    """
     from diffusers import TextToVideoSDPipeline
 
     pipeline = TextToVideoSDPipeline(
         vae=vae.half(),
-        text_encoder=encoder.half(),
+        text_encoder=encoder.half().float(),
         tokenizer=tokenizer,
         unet=unet.half(),
         scheduler=make_scheduler(),
