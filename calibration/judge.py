@@ -45,9 +45,10 @@ FRAME_OVERLAP = 0.5
 # Lengths are parts of the shorter side. A drawn object travels 0.39 or grows by 0.13 in radius.
 TRAVEL, GROWTH = 0.39, 0.13
 LEAST_MOTION, SECOND_MOTION = 0.35, 0.6
-# Largest change of speed from one frame to the next: in steps of the motion, and at least.
-JUMP_STEPS = 2.0
-JUMP_PLACE, JUMP_RADIUS = 0.04, 0.015
+# Largest change of speed from one frame to the next: in steps of the motion (two neighbours that
+# are swapped make 3), and at least. An object that only moves may breathe a little.
+JUMP_STEPS = 2.4
+JUMP_PLACE, JUMP_SIZE, JUMP_BREATH = 0.04, 0.015, 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +106,17 @@ def judge(frames: npt.NDArray[np.uint8]) -> Verdict:
     x, y, radius = _track(mask)
     shape, overlaps = _shape(mask, x, y, radius)
     time = np.linspace(-0.5, 0.5, len(frames), dtype=np.float32)[present]
+    motion = _motion(time, x, y, radius)
+    resizes = motion in ("growing", "shrinking")
     steady = bool(
         present.all()
         and _spread(borders) < FLICKER
         and _spread(colors) < FLICKER
         and overlaps.min() >= FRAME_OVERLAP
         and _is_even(np.stack([x, y], axis=-1), JUMP_PLACE)
-        and _is_even(radius[:, None], JUMP_RADIUS)
+        and _is_even(radius[:, None], JUMP_SIZE if resizes else JUMP_BREATH)
     )
-    return Verdict(color, background, _motion(time, x, y, radius), shape, steady)
+    return Verdict(color, background, motion, shape, steady)
 
 
 def _smaller(frames: npt.NDArray[np.uint8]) -> Array:
@@ -123,14 +126,16 @@ def _smaller(frames: npt.NDArray[np.uint8]) -> Array:
         return frames.astype(np.float32)
     count, height, width = frames.shape[0], frames.shape[1] // block, frames.shape[2] // block
     blocks = frames[:, : height * block, : width * block].reshape(count, height, block, width, block, 3)
-    return blocks.mean((2, 4), dtype=np.float32)
+    means: Array = blocks.mean((2, 4), dtype=np.float32)
+    return means
 
 
 def _smooth(pixels: Array) -> Array:
     """Means over 3 x 3 pixels: less noise, and an area that is exact to a part of a pixel."""
     padded = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), "edge")
     rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
-    return (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 9
+    means: Array = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 9
+    return means
 
 
 def _borders(pixels: Array) -> Array:
@@ -138,20 +143,23 @@ def _borders(pixels: Array) -> Array:
     width = max(1, round(min(pixels.shape[1:3]) * BORDER))
     sides = (pixels[:, :width], pixels[:, -width:], pixels[:, :, :width], pixels[:, :, -width:])
     ring = np.concatenate([side.reshape(len(pixels), -1, 3) for side in sides], axis=1)
-    return np.median(ring, axis=1).astype(np.float32)
+    colors: Array = np.median(ring, axis=1).astype(np.float32)
+    return colors
 
 
 def _core(distance: Array) -> Array:
     """How far the object stands out in each frame, [F]: the median of the most distant pixels."""
     flat = distance.reshape(len(distance), -1)
     count = max(1, round(flat.shape[1] * CORE_AREA))
-    return np.median(np.partition(flat, -count, axis=1)[:, -count:], axis=1)
+    core: Array = np.median(np.partition(flat, -count, axis=1)[:, -count:], axis=1)
+    return core
 
 
 def _colors(pixels: Array, mask: Array) -> Array:
     """Mean colour of the object in each frame, [F, 3], without its edge."""
     inside = np.maximum(mask - 0.8, 1e-6)[..., None]
-    return (pixels * inside).sum((1, 2)) / inside.sum((1, 2))
+    colors: Array = (pixels * inside).sum((1, 2)) / inside.sum((1, 2))
+    return colors
 
 
 def _track(mask: Array) -> tuple[Array, Array, Array]:
@@ -173,14 +181,14 @@ def _shape(mask: Array, x: Array, y: Array, radius: Array) -> tuple[str | None, 
         # A drawn triangle's centroid lies below the middle of its bounding box.
         "triangle": Track(x, y - circumradius / 4, circumradius / TRIANGLE_CIRCUMRADIUS),
     }
-    best, score, overlaps = None, OVERLAP, np.ones(len(mask), np.float32)
+    best, score, overlaps = "", -1.0, np.zeros(len(mask), np.float32)
     for shape in SHAPES:
         drawn = coverage(shape, tracks[shape], size)
         both, either = np.minimum(mask, drawn).sum((1, 2)), np.maximum(mask, drawn).sum((1, 2))
-        overlap = both.sum() / either.sum()
+        overlap = float(both.sum() / either.sum())
         if overlap > score:
             best, score, overlaps = shape, overlap, both / either
-    return best, overlaps
+    return best if score >= OVERLAP else None, overlaps
 
 
 def _motion(time: Array, x: Array, y: Array, radius: Array) -> str | None:
@@ -201,7 +209,7 @@ def _motion(time: Array, x: Array, y: Array, radius: Array) -> str | None:
 
 
 def _is_even(values: Array, least: float) -> bool:
-    """Whether values [F, D] change speed by no more than two of their steps, or `least`."""
+    """Whether values [F, D] never change speed by more than some of their steps, or `least`."""
     if len(values) < 3:
         return True
     step = np.linalg.norm(values[-1] - values[0]) / (len(values) - 1)

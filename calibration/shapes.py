@@ -123,7 +123,8 @@ def coverage(shape: str, track: Track, size: tuple[int, int]) -> npt.NDArray[np.
         distance = sides - circumradius / 2
     else:
         raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
-    return np.clip(0.5 - distance, 0, 1).astype(np.float32)
+    covered: npt.NDArray[np.float32] = np.clip(0.5 - distance, 0, 1).astype(np.float32)
+    return covered
 
 
 def draw(scene: Scene, track: Track, size: tuple[int, int] = (64, 64)) -> npt.NDArray[np.uint8]:

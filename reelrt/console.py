@@ -85,6 +85,8 @@ def command(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
             logging.getLogger("reelrt").setLevel(logging.INFO)
             try:
                 return function(*args, **options)
+            except typer.Exit:  # with a code of the command's own
+                raise
             except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the last resort)
                 if debug:
                     traceback.print_exc()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,7 +111,7 @@ def _result(run: Adherence) -> dict[str, Any]:
     return {**_head(run), "scores": scores, **confusions}
 
 
-def _sweep(runs: list[Adherence] | tuple[Adherence, ...]) -> dict[str, Any]:
+def _sweep(runs: Sequence[Adherence]) -> dict[str, Any]:
     """Several results for people: a row per guidance scale."""
     rows = [
         {

@@ -27,7 +27,8 @@ def worn(frames: Frames, rng: np.random.Generator) -> Frames:
     out = sum(weight * out[:, k : k + height] for k, weight in enumerate(weights))
     out = sum(weight * out[:, :, k : k + width] for k, weight in enumerate(weights))
     out = out * rng.uniform(0.88, 1.12) + rng.uniform(-12, 12) + rng.normal(0, 8, frames.shape)
-    return np.clip(np.round(out), 0, 255).astype(np.uint8)
+    pixels: Frames = np.clip(np.round(out), 0, 255).astype(np.uint8)
+    return pixels
 
 
 def as_drawn(frames: Frames, _rng: np.random.Generator) -> Frames:

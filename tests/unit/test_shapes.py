@@ -64,7 +64,8 @@ def test_a_drawing_has_the_colours_of_its_words() -> None:
     for scene in all_scenes()[::7]:
         track = sample_track(scene.motion, 3, np.random.default_rng(1))
         video = draw(scene, track, (96, 64))
-        assert (video.dtype, video.shape) == (np.uint8, (3, 64, 96, 3))
+        assert video.dtype == np.uint8
+        assert video.shape == (3, 64, 96, 3)
         assert tuple(video[0, 0, 0]) == BACKGROUNDS[scene.background]
         x, y = round(float(track.x[0]) * 64), round(float(track.y[0]) * 64)
         assert tuple(video[0, y, x]) == COLORS[scene.color]
