@@ -10,6 +10,7 @@ This module knows how the coefficients become rows of a table. Where they come f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,13 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from reelrt.bundle.spec import TABLE_COLUMNS
-from reelrt.errors import RangeError
+from reelrt.errors import IntegrityError, RangeError
 
 Cfg = Literal["split", "batched"]
 """How guidance is computed: two rows of the table one after the other, or one batch of two."""
+
+ORDERS = "orders"
+"""Key of a schedule file's metadata: by solver, how many samples and outputs it looks back to."""
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -169,22 +173,33 @@ class Schedules:
         return self._by_key[solver, steps]
 
     def save(self, path: Path) -> None:
-        """Write one float64 tensor per schedule: timestep, input scale, samples, outputs."""
+        """Write one float64 tensor per schedule: timestep, input scale, samples, outputs.
+
+        The same schedules give the same bytes: safetensors keeps no order among several entries of
+        metadata, so there is one.
+        """
         tensors, orders = {}, {}
         for (solver, steps), schedule in self._by_key.items():
             columns = [schedule.timesteps[:, None], schedule.input_scale[:, None]]
             tensors[f"{solver}/{steps}"] = np.hstack([*columns, schedule.samples, schedule.outputs])
             tensors[f"{solver}/{steps}/init_noise_sigma"] = np.array([schedule.init_noise_sigma])
-            orders[solver] = f"{schedule.samples.shape[1]},{schedule.outputs.shape[1]}"
+            orders[solver] = schedule.samples.shape[1], schedule.outputs.shape[1]
         # Not `save_file`, which hides the file from other users.
-        path.write_bytes(save(tensors, metadata=orders))
+        path.write_bytes(save(tensors, metadata={ORDERS: json.dumps(orders)}))
 
     @classmethod
     def load(cls, path: Path) -> Schedules:
-        """The inverse of `save`."""
+        """The inverse of `save`.
+
+        Raises:
+            IntegrityError: The file holds no schedules.
+        """
         schedules = []
         with safe_open(path, framework="numpy") as file:
-            orders = {name: [int(n) for n in text.split(",")] for name, text in file.metadata().items()}
+            metadata = file.metadata() or {}
+            if ORDERS not in metadata:
+                raise IntegrityError(f"{path} holds no schedules of this version.", "Export the model again.")
+            orders = json.loads(metadata[ORDERS])
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 solver, steps, *rest = name.split("/")
                 if rest:
@@ -197,4 +212,4 @@ class Schedules:
                 schedules.append(
                     Schedule(solver, columns[:, 0], columns[:, 1], samples, outputs, float(sigma))
                 )
-        return cls(schedules)
+        return cls(sorted(schedules, key=lambda each: (list(orders).index(each.solver), each.steps)))

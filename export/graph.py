@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,6 +70,9 @@ def write_graph(
 
     Returns:
         Bytes of the weights.
+
+    Raises:
+        OSError: The disk is full.
     """
     dynamic = tuple(dict(tensor.dynamic) for tensor in spec.inputs.values())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -94,7 +99,21 @@ def write_graph(
         value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value
     )
     program.save(path, external_data=True)
+    _check_data(path)
     return weights
+
+
+def _check_data(path: Path) -> None:
+    """Numpy writes small arrays through a buffer of its own, and says nothing when the disk is full."""
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    size = path.with_name(f"{path.name}.data").stat().st_size
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        if uses_external_data(tensor):
+            place = ExternalDataInfo(tensor)
+            if (place.offset or 0) + (place.length or 0) > size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _tidy(graph: Any) -> None:

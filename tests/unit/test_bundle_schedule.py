@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from reelrt.bundle.schedule import Schedule, Schedules
-from reelrt.errors import RangeError
+from reelrt.errors import IntegrityError, RangeError
 
 STEPS = 6
 ORDERS = [(1, 1), (1, 2), (2, 2), (3, 3), (2, 1)]
@@ -92,20 +93,33 @@ def test_too_few_state_rows_are_refused():
 def test_saved_schedules_come_back(tmp_path):
     saved = Schedules(
         [
+            make_schedule(3, 3, "unipc", 10, sigma=14.6),
             make_schedule(1, 1, "ddim", 3),
             make_schedule(1, 1, "ddim", 10),
-            make_schedule(3, 3, "unipc", 10, sigma=14.6),
         ]
     )
     saved.save(tmp_path / "schedules.safetensors")
     loaded = Schedules.load(tmp_path / "schedules.safetensors")
-    assert set(loaded.solvers) == {"ddim", "unipc"}
+    assert loaded.solvers == ("unipc", "ddim")
     assert (loaded.history_rows, loaded.max_steps) == (5, 10)
     for solver, steps in (("ddim", 3), ("ddim", 10), ("unipc", 10)):
         one, two = saved.get(solver, steps), loaded.get(solver, steps)
         assert one.init_noise_sigma == two.init_noise_sigma
         for field in ("timesteps", "input_scale", "samples", "outputs"):
             assert np.array_equal(getattr(one, field), getattr(two, field)), field
+
+
+def test_the_same_schedules_are_the_same_bytes(tmp_path):
+    made = [make_schedule(1, 1, solver, 2) for solver in ("a", "b", "c", "d", "e", "f", "g")]
+    for name in ("one", "two"):
+        Schedules(made).save(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    save_file({"x": np.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(IntegrityError, match="holds no schedules of this version"):
+        Schedules.load(tmp_path / "other.safetensors")
 
 
 def test_saved_schedules_are_as_readable_as_any_file(tmp_path):
