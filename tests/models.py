@@ -143,12 +143,12 @@ def _text_encoder(vocabulary: int, width: int) -> CLIPTextModel:
 
 
 @torch.no_grad()
-def _randomise(unet: UNet3DConditionModel, vae: AutoencoderKL, text_width: int) -> None:
+def _randomise(encoder: CLIPTextModel, unet: UNet3DConditionModel, vae: AutoencoderKL) -> None:
     """No parameter is zero (each path through a network counts), and outputs have unit variance."""
-    for parameter in [*unet.parameters(), *vae.parameters()]:
+    for parameter in [*encoder.parameters(), *unet.parameters(), *vae.parameters()]:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)
-    out = unet(torch.randn(1, 4, 4, 12, 12), 500, torch.randn(1, 77, text_width)).sample
+    out = unet(torch.randn(1, 4, 4, 12, 12), 500, torch.randn(1, 77, encoder.config.hidden_size)).sample
     unet.conv_out.weight /= out.std()
     unet.conv_out.bias /= out.std()
     picture = vae.decode(torch.randn(1, 4, 8, 8) / vae.config.scaling_factor).sample
@@ -168,11 +168,12 @@ def _save(
     for module in [*unet.modules(), *vae.modules()]:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    _randomise(unet.eval(), vae.eval(), text_width)
     tokenizer = make_tokenizer(folder / "tokenizer")
+    encoder = _text_encoder(len(tokenizer), text_width)
+    _randomise(encoder.eval(), unet.eval(), vae.eval())
     pipeline = TextToVideoSDPipeline(
         vae=vae.to(dtype),
-        text_encoder=_text_encoder(len(tokenizer), text_width).to(dtype),
+        text_encoder=encoder.to(dtype),
         tokenizer=tokenizer,
         unet=unet.to(dtype),
         scheduler=scheduler or default_scheduler(),
