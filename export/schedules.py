@@ -8,6 +8,7 @@ scheduler on random data. No solver is implemented here, and none is known but b
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -205,7 +206,8 @@ def _compile(name: str, scheduler: Any, steps: int) -> Schedule | None:
     noise = np.random.default_rng(steps).normal(size=(steps + 1, RANDOM_COLUMNS))
     columns = np.hstack([np.eye(steps + 1), noise])
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # diffusers calls numpy on tensors, of which numpy warns
             timesteps, scales, samples = run_scheduler(scheduler, steps, columns[0], lambda i: columns[i + 1])
     except (ValueError, IndexError, RuntimeError, ZeroDivisionError, AssertionError):
         return None
