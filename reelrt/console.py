@@ -88,6 +88,8 @@ def command(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
             except typer.Exit:  # with a code of the command's own
                 raise
             except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the last resort)
+                if isinstance(error, KeyboardInterrupt):  # all is cleaned up: let this be the last word
+                    signal.signal(signal.SIGINT, signal.SIG_IGN)
                 if debug:
                     traceback.print_exc()
                 _fail(error, as_json, debug)
