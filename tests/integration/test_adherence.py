@@ -122,7 +122,20 @@ def test_wrong_input_is_one_sentence(
 def test_ctrl_c_leaves_what_was_there(work: Path, tmp_path: Path) -> None:
     (tmp_path / "adherence.json").write_text("before", encoding="utf-8")
     before = tree(tmp_path)
-    words = (*COMMAND, work / "engines", "-o", ".", "--prompts", 12, "--guidance", 1, "--guidance", 2)
+    words = (
+        *COMMAND,
+        work / "engines",
+        "-o",
+        ".",
+        "--prompts",
+        12,
+        "--steps",
+        10,
+        "--guidance",
+        1,
+        "--guidance",
+        2,
+    )
 
     def half_done(told: str) -> bool:
         return "guidance 1:" in told
