@@ -31,11 +31,12 @@ ATTRIBUTES = ("color", "background", "motion", "shape", "smooth")
 WORKING_SIDE = 64
 # Part of the picture on each side that counts as border.
 BORDER = 1 / 32
-# Distances of RGB values in 0..255. The closest two colours are 110 apart, the backgrounds 194.
+# Distances of RGB values in 0..255. The closest two colours are 110 apart, the backgrounds 194;
+# a jump is nearly as much from one frame to the next, a slow change of colour is none.
 COLOR_REACH = 80.0
 BACKGROUND_REACH = 80.0
 CONTRAST = 45.0
-FLICKER = 50.0
+FLICKER = 70.0
 # Parts of the picture's area: the brightest core that gives the contrast, and the least object.
 CORE_AREA = 0.02
 LEAST_AREA = 0.01
@@ -110,8 +111,8 @@ def judge(frames: npt.NDArray[np.uint8]) -> Verdict:
     resizes = motion in ("growing", "shrinking")
     steady = bool(
         present.all()
-        and _spread(borders) < FLICKER
-        and _spread(colors) < FLICKER
+        and _largest_step(borders) < FLICKER
+        and _largest_step(colors) < FLICKER
         and overlaps.min() >= FRAME_OVERLAP
         and _is_even(np.stack([x, y], axis=-1), JUMP_PLACE)
         and _is_even(radius[:, None], JUMP_SIZE if resizes else JUMP_BREATH)
@@ -216,9 +217,9 @@ def _is_even(values: Array, least: float) -> bool:
     return bool(np.linalg.norm(np.diff(values, 2, axis=0), axis=-1).max() <= max(JUMP_STEPS * step, least))
 
 
-def _spread(values: Array) -> float:
-    """Largest distance of a frame's colour from that of most frames."""
-    return float(np.linalg.norm(values - np.median(values, axis=0), axis=-1).max())
+def _largest_step(colors: Array) -> float:
+    """Largest distance between the colours of two neighbouring frames."""
+    return float(np.linalg.norm(np.diff(colors, axis=0), axis=-1).max(initial=0))
 
 
 def _nearest(value: Array, names: dict[str, tuple[int, int, int]], reach: float) -> str | None:

@@ -52,7 +52,7 @@ def test_right_in_99_of_100_for_each_attribute(condition, frames: int, seeds: in
 
 @pytest.mark.parametrize("size", [(48, 32), (64, 96), (320, 256)])
 def test_other_sizes_are_judged_as_well(size: tuple[int, int]) -> None:
-    for index, scene in enumerate(all_scenes()[::5]):
+    for index, scene in enumerate(all_scenes()[::11]):
         track = sample_track(scene.motion, 16, np.random.default_rng(index))
         assert all(judge(draw(scene, track, size)).right(scene).values()), scene
 
@@ -114,6 +114,16 @@ def test_a_frame_where_the_object_is_in_two_places_is_no_smooth_motion() -> None
     frames = video(RED, np.random.default_rng(2))
     frames[8] = np.maximum(frames[0], frames[15])
     assert judge(frames).smooth is False
+
+
+def test_a_colour_that_changes_slowly_is_no_jump_and_one_that_changes_at_once_is() -> None:
+    track = sample_track("moving right", 16, np.random.default_rng(0))
+    blue, purple = (
+        draw(Scene(color, "circle", "moving right", "black"), track) for color in ("blue", "purple")
+    )
+    share = np.linspace(0, 1, 16)[:, None, None, None]
+    assert judge(np.round(blue * (1 - share) + purple * share).astype(np.uint8)).smooth
+    assert not judge(np.concatenate([blue[:8], purple[8:]])).smooth
 
 
 def test_an_object_that_stands_still_has_no_motion_and_no_jump() -> None:
