@@ -5,7 +5,8 @@
 
 Three questions, each with its goal:
 
-- Overhead: seconds in `generate` over the seconds inside ONNX Runtime's own run calls, at most 1.03.
+- Overhead: seconds in `generate` over the seconds in which ONNX Runtime's own run calls are running, at
+  most 1.03.
 - Speed: seconds of `diffusers.TextToVideoSDPipeline` over ours, at least 2. Same process, same number
   of threads, same weights in FP32, same prompts and starting latents, from prompt to pixels; whoever
   goes first in a pair may profit or suffer, so both orders are run and the worse ratio counts.
@@ -24,9 +25,9 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,30 +55,43 @@ PROMPTS = (
 )
 
 
-class Timed:
-    """An ONNX Runtime session that adds up the seconds inside its run calls."""
+class Clock:
+    """Seconds during which at least one engine is running, and the number of calls."""
 
-    def __init__(self, session: Any) -> None:
-        self._session = session
+    def __init__(self) -> None:
         self.seconds, self.calls = 0.0, 0
+        self._running, self._since, self._lock = 0, 0.0, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._running:
+                self._since = time.perf_counter()
+            self._running += 1
+            self.calls += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._running -= 1
+            if not self._running:
+                self.seconds += time.perf_counter() - self._since
+
+
+class Timed:
+    """An ONNX Runtime session whose run calls are timed."""
+
+    def __init__(self, session: Any, clock: Clock) -> None:
+        self._session, self._clock = session, clock
         self.io_binding = session.io_binding
 
     def run(self, *arguments: Any) -> Any:
         """As the session's own."""
-        with self._clock():
+        with self._clock:
             return self._session.run(*arguments)
 
     def run_with_iobinding(self, binding: Any) -> None:
         """As the session's own."""
-        with self._clock():
+        with self._clock:
             self._session.run_with_iobinding(binding)
-
-    @contextmanager
-    def _clock(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - began
-        self.calls += 1
 
 
 def make_engines(model: Path, folder: Path) -> Path:
@@ -95,17 +109,13 @@ class Rivals:
 
     Attributes:
         calls: Name to `(prompt, seed, steps) -> uint8 frames [F, H, W, 3]`.
-        sessions: Our engines, which count the seconds spent inside them.
+        clock: Times our engines.
         settings: What both were asked for.
     """
 
     calls: Mapping[str, Callable[[str, int, int], Frames]]
-    sessions: Mapping[str, Timed]
+    clock: Clock
     settings: Mapping[str, Any]
-
-    def inside(self) -> tuple[float, int]:
-        """Seconds inside engines so far, and launches of the step."""
-        return sum(each.seconds for each in self.sessions.values()), self.sessions["step"].calls
 
 
 def open_rivals(model: Path, folder: Path, threads: int) -> Rivals:
@@ -123,10 +133,12 @@ def open_rivals(model: Path, folder: Path, threads: int) -> Rivals:
     geometry = pipeline.geometry
     if pipeline.model.sha256 != open_folder(model).sha256():
         raise SystemExit(f"{folder} was not built from {model}.")
-    sessions = {
-        name: Timed(open_engine(folder / engine.file, threads)) for name, engine in engines.engines.items()
-    }
-    pipe = TextToVideo(engines, OrtSessions(engines, sessions))
+    clock = Clock()
+
+    def open_timed(path: Path, count: int) -> Timed:
+        return Timed(open_engine(path, count), clock)
+
+    pipe = TextToVideo(engines, OrtSessions(engines, threads, open_timed))
     torch.set_num_threads(threads)
     reference = TextToVideoSDPipeline.from_pretrained(model)
     reference.set_progress_bar_config(disable=True)
@@ -161,7 +173,7 @@ def open_rivals(model: Path, folder: Path, threads: int) -> Rivals:
         "threads": threads,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
     }
-    return Rivals({"reelrt": ours, "diffusers": theirs}, sessions, settings)
+    return Rivals({"reelrt": ours, "diffusers": theirs}, clock, settings)
 
 
 def measure_loop(rivals: Rivals, steps: int, repeats: int) -> dict[str, Any]:
@@ -178,20 +190,20 @@ def measure_loop(rivals: Rivals, steps: int, repeats: int) -> dict[str, Any]:
     for call in rivals.calls.values():  # what is done once only is not asked here
         call(PROMPTS[0], 0, 2)
     runs: dict[str, Any] = {order: {f"{name}_seconds": [] for name in rivals.calls} for order in ORDERS}
-    generate_seconds, engine_seconds, launches, difference = [], [], 0, 0
+    generate_seconds, engine_seconds, calls, difference = [], [], 0, 0
     for index in range(2 * repeats):
         order, prompt = tuple(ORDERS)[index % 2], PROMPTS[index % len(PROMPTS)]
         frames = {}
         for name in ORDERS[order]:
-            inside, before = rivals.inside()
+            inside, before = rivals.clock.seconds, rivals.clock.calls
             began = time.perf_counter()
             frames[name] = rivals.calls[name](prompt, 1 + index, steps)
             seconds = time.perf_counter() - began
             runs[order][f"{name}_seconds"].append(seconds)
             if name == "reelrt":
                 generate_seconds.append(seconds)
-                engine_seconds.append(rivals.inside()[0] - inside)
-                launches = rivals.inside()[1] - before
+                engine_seconds.append(rivals.clock.seconds - inside)
+                calls = rivals.clock.calls - before
         apart = np.abs(frames["reelrt"].astype(int) - frames["diffusers"].astype(int))
         difference = max(difference, int(apart.max()))
     for each in runs.values():
@@ -202,7 +214,7 @@ def measure_loop(rivals: Rivals, steps: int, repeats: int) -> dict[str, Any]:
         "overhead": {
             "generate_seconds": generate_seconds,
             "engine_seconds": engine_seconds,
-            "launches": launches,
+            "engine_calls": calls,
             "ratio": _median(ratios),
         },
         "diffusers": {**runs, "largest_pixel_difference": difference},

@@ -134,6 +134,21 @@ def _accumulate(state_rows: int, weight: float) -> Float64:
     return matrix
 
 
+def first_passes(table: Float32) -> npt.NDArray[np.bool_]:
+    """Which rows of a split-guidance table only add the unconditional output to the last state row, [S].
+
+    The row after such a one starts from the same sample and is the only one to use that sum.
+    """
+    first: npt.NDArray[np.bool_] = table[:, 2] == 0
+    return first
+
+
+def accumulated_weights(row: Float32, state_rows: int) -> Float32:
+    """The factors [R] with which a table's row adds the last state row to each row of the next state."""
+    weights: Float32 = row[TABLE_COLUMNS:].reshape(state_rows, state_rows + 1)[:, state_rows - 1]
+    return weights
+
+
 class Schedules:
     """Every schedule a bundle offers, by solver and step count.
 

@@ -24,6 +24,7 @@ JETPACKS = {"35": "5", "36": "6", "38": "7", "39": "7"}
 MODEL_FILE = Path("/proc/device-tree/model")
 RELEASE_FILE = Path("/etc/nv_tegra_release")
 CPU_FILE = Path("/proc/cpuinfo")
+CPU_FOLDER = Path("/sys/devices/system/cpu")
 
 # CUdevice_attribute: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
 _MAJOR, _MINOR = 75, 76
@@ -85,6 +86,15 @@ def detect() -> Device:
         cpu_cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
         memory_bytes=_memory(),
     )
+
+
+def physical_cores() -> int:
+    """Cores this process may use, two hardware threads of a core counted once."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    cores = {_text(CPU_FOLDER / f"cpu{cpu}" / "topology" / "thread_siblings_list") for cpu in allowed}
+    return len(allowed) if "" in cores else len(cores)
 
 
 def host_target(device: Device) -> Target:

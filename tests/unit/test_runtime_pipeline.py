@@ -145,9 +145,9 @@ def make_engines(folder, **changes):
     return folder
 
 
-@pytest.fixture(scope="module")
-def pipe(folder):
-    return reelrt.load(folder, threads=1)
+@pytest.fixture(scope="module", params=[1, 2], ids=["one-thread", "two-threads"])
+def pipe(folder, request):
+    return reelrt.load(folder, threads=request.param)
 
 
 def expected_latents(solver, steps, guidance, seed, ids, negative=(0, 1, 1, 1, 1, 1), shape=(4, 4, 4, 6)):
@@ -285,7 +285,7 @@ def test_latents_in(pipe):
         ({"guidance": "7"}, "guidance '7'"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 2**63}, "seed 9223372036854775808"),
-        ({"solver": "heun"}, "solver 'heun' is not available: choose one of broken, one, two"),
+        ({"solver": "heun"}, "solver 'heun' is not available: choose one of one, two, broken"),
         ({"frames": 1}, "frames 1 is not available: these engines take 2 to 8"),
         ({"frames": 9}, "frames 9 is not available: these engines take 2 to 8"),
         ({"frames": 4.0}, "frames 4.0 is not a whole number"),
