@@ -88,7 +88,7 @@ def command(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
             except typer.Exit:  # with a code of the command's own
                 raise
             except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the last resort)
-                if isinstance(error, KeyboardInterrupt):  # all is cleaned up: let this be the last word
+                if signal.getsignal(signal.SIGINT) is _interrupt:  # all is cleaned up; this is the last word
                     signal.signal(signal.SIGINT, signal.SIG_IGN)
                 if debug:
                     traceback.print_exc()
@@ -261,3 +261,10 @@ def end_on_signals() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
             signal.signal(number, lambda caught, _: sys.exit(128 + caught))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(_number: int, _frame: object) -> NoReturn:
+    """As Python's own handler; tells that this process is a command and not a test of one."""
+    raise KeyboardInterrupt
