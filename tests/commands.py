@@ -59,7 +59,9 @@ def stop(
             process.send_signal(number)
             time.sleep(0.02)
         code = process.wait()
-        return Stopped(code, told(), [each for each in psutil.process_iter() if _mark(each) == mark])
+        # One that was only just started notices by itself that nobody talks to it.
+        _, left = psutil.wait_procs([each for each in psutil.process_iter() if _mark(each) == mark], 10)
+        return Stopped(code, told(), left)
 
 
 def _mark(process: psutil.Process) -> str:
