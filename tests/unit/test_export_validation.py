@@ -147,6 +147,28 @@ def test_pixels_may_differ_by_what_the_spec_says(tmp_path):
         check(open_session(write(SEVEN.replace("{7}", "{9}"), tmp_path)), spec, "fp32", cases)
 
 
+def test_a_model_in_half_precision_answers_in_float32_arithmetic_and_keeps_its_weights():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 300).half(), nn.Linear(300, 6).half()
+
+        def forward(self, x):
+            return self.second(self.first(x)).transpose(1, 2)
+
+    torch.manual_seed(0)
+    model = Halves()
+    wide = Halves().float()
+    wide.load_state_dict(model.state_dict())
+    spec = replace(SPEC, inputs={"x": TensorSpec("model", ("batch", "frames", 6))})
+    for case in record(model, spec, "fp16", tokens=10):
+        with torch.no_grad():
+            expected = wide(torch.from_numpy(case.inputs["x"]).float()).half()
+        assert np.array_equal(case.expected["y"], expected.numpy())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert all(torch.equal(wide.state_dict()[name], x.float()) for name, x in model.state_dict().items())
+
+
 def test_a_file_that_is_no_graph_is_one_sentence(tmp_path):
     (tmp_path / "graph.onnx").write_bytes(b"no graph")
     with pytest.raises(ModelError, match=r"graph.onnx does not load in ONNX Runtime: ") as refused:
