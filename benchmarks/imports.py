@@ -47,7 +47,7 @@ def measure_imports(repeats: int) -> dict[str, Any]:
         place = Path(scratch) / "venv"
         venv.create(place, with_pip=True)
         python = place / "bin" / "python"
-        install = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", source]
+        install = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", str(source)]
         subprocess.run(install, check=True, env=_bare())
         statements = {statement: _import(python, statement, repeats) for statement in IMPORTS}
         return {**_environment(python, place), "statements": statements}
@@ -79,7 +79,7 @@ def _import(python: Path, statement: str, repeats: int) -> dict[str, Any]:
 
 def _environment(python: Path, place: Path) -> dict[str, Any]:
     """The packages beside pip in an environment, and the bytes they take."""
-    command = [python, "-m", "pip", "list", "--format=json", "--disable-pip-version-check"]
+    command = [str(python), "-m", "pip", "list", "--format=json", "--disable-pip-version-check"]
     listed = json.loads(subprocess.run(command, env=_bare(), capture_output=True, check=True).stdout)
     packages = {each["name"]: each["version"] for each in listed if each["name"] not in ("pip", "setuptools")}
     own = {"pip", "setuptools", "_distutils_hack", "pkg_resources"}

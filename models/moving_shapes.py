@@ -120,7 +120,7 @@ class PerVideoAttention:
         attention_mask: torch.Tensor | None = None,
         **_: object,
     ) -> torch.Tensor:
-        batch, tokens, _ = hidden_states.shape
+        batch, tokens = hidden_states.shape[:2]
         query = attn.to_q(hidden_states)
         if encoder_hidden_states is None:
             context, groups = hidden_states, batch
@@ -158,5 +158,5 @@ def speed_up(unet: UNet3DConditionModel) -> PerVideoAttention:
         if isinstance(module, TemporalConvLayer):
             for conv in module.modules():
                 if isinstance(conv, nn.Conv3d):
-                    conv.forward = as_conv2d(conv)  # type: ignore[method-assign]
+                    conv.forward = as_conv2d(conv)  # type: ignore[method-assign, assignment]
     return attention
