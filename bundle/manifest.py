@@ -255,6 +255,14 @@ class EngineSet:
             )
 
 
+def kind_of(folder: Path) -> str:
+    """`bundle` or `engines`, as a folder's manifest says; "" where it says nothing, its loader will."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["kind"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 Folder = TypeVar("Folder", Bundle, EngineSet)
 
 

@@ -5,7 +5,6 @@ Reads manifests and schedules, checks hashes; opens no engine and no graph.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reelrt.bundle.files import verify
-from reelrt.bundle.manifest import MANIFEST, SCHEDULES, Bundle, EngineSet, Pipeline
+from reelrt.bundle.manifest import SCHEDULES, Bundle, EngineSet, Pipeline, kind_of
 from reelrt.bundle.schedule import Schedules
 from reelrt.bundle.spec import Profile, StageSpec, TensorSpec
 from reelrt.errors import IntegrityError, RangeError
@@ -33,16 +32,7 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises:
         IntegrityError: There is no manifest, or it cannot be read.
     """
-    return _engine_set(folder) if _kind(folder) == EngineSet.kind else _bundle(folder)
-
-
-def _kind(folder: Path) -> str:
-    """What a manifest says it is; what is wrong with it, its own loader says."""
-    try:
-        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return str(data["kind"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    return _engine_set(folder) if kind_of(folder) == EngineSet.kind else _bundle(folder)
 
 
 def _bundle(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from reelrt.console import (
     Debug,
     Json,
     Solver,
+    at_once_when_stopped,
     command,
     end_on_signals,
     note,
@@ -334,4 +335,5 @@ def _outputs(output: Path, count: int) -> list[Path]:
 def main() -> None:
     """The `reelrt` command."""
     end_on_signals()
-    app()
+    with at_once_when_stopped():
+        app()

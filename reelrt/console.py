@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import typer
@@ -52,6 +52,7 @@ EXIT_CODES: tuple[tuple[int, str], ...] = (
     (130, "interrupted; nothing is left half-written"),
 )
 INPUT_CODE, SYSTEM_CODE, BELOW_MINIMUM_CODE, INTERRUPTED_CODE = 2, 7, 8, 130
+STOPPED_CODES = (128 + signal.SIGTERM, 128 + 1, INTERRUPTED_CODE)  # 1 is SIGHUP, which Windows lacks
 EPILOG = "Exit codes: " + "; ".join(f"{code} {when}" for code, when in EXIT_CODES) + "."
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
@@ -263,6 +264,24 @@ def end_on_signals() -> None:
             signal.signal(number, lambda caught, _: sys.exit(128 + caught))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
+
+
+@contextmanager
+def at_once_when_stopped() -> Iterator[None]:
+    """End the process right after the stack has unwound, if a signal is why it did.
+
+    Python's own way out takes libraries apart whose threads are in the middle of something, and some
+    of them crash then: the exit code would be theirs.
+    """
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.code, int) and stop.code in STOPPED_CODES:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(stop.code)
+        raise
 
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:
