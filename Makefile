@@ -6,8 +6,10 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-BUNDLE ?= build/bundle
 MODEL ?= models/moving-shapes
+# Another model than the bundled one has a folder of its own, so that neither is built over the other.
+HOME_OF_MODEL := build$(if $(filter-out models/moving-shapes,$(MODEL)),/$(notdir $(abspath $(MODEL))))
+BUNDLE ?= $(HOME_OF_MODEL)/bundle
 TARGET ?= host
 
 # A prompt reaches the command through the environment, letter for letter: neither make nor the
@@ -42,13 +44,13 @@ help: ## List what can be made
 
 .PHONY: video
 video: $(RUN_READY) ## A video: PROMPT="..." OUT=red.mp4 STEPS= SEED= MODEL= PRECISION= SIZE= FRAMES=
-	@$(call make_engines,build/engines,host,onnxruntime)
-	@$(BIN)/reelrt generate build/engines -o "$(or $(OUT),build/video.mp4)" \
+	@$(call make_engines,$(HOME_OF_MODEL)/engines,host,onnxruntime)
+	@$(BIN)/reelrt generate "$(HOME_OF_MODEL)/engines" -o "$(or $(OUT),build/video.mp4)" \
 		$(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") $(SIZES) -- "$$REELRT_PROMPT"
 
 .PHONY: engines
 engines: $(RUN_READY) ## Engines: MODEL= TARGET=host|rtx3060|orin-agx|... PRECISION=fp32|fp16 SIZE=WxH FRAMES= OUT=
-	@$(call make_engines,$(or $(OUT),build/engines$(if $(DEVICE_EXTRA),-$(TARGET))),$(TARGET),auto)
+	@$(call make_engines,$(or $(OUT),$(HOME_OF_MODEL)/engines$(if $(DEVICE_EXTRA),-$(TARGET))),$(TARGET),auto)
 
 .PHONY: test
 test: lint ## Check the style and run every test that needs no GPU

@@ -85,7 +85,7 @@ def build_engines(
     if previous is not None and len(kept) == len(plan) and _is_current(previous, source, aim, plan):
         log.info("%s is up to date", output)
         return previous
-    with atomic_folder(output) as folder:
+    with atomic_folder(output, EngineSet.kind) as folder:
         engines = {}
         for name, planned in plan.items():
             if name in kept and previous is not None:

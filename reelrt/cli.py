@@ -16,11 +16,10 @@ from reelrt.console import (
     Debug,
     Json,
     Solver,
-    at_once_when_stopped,
     command,
-    end_on_signals,
     note,
     progress_bars,
+    run,
     show,
 )
 from reelrt.errors import InputError, IntegrityError
@@ -334,6 +333,4 @@ def _outputs(output: Path, count: int) -> list[Path]:
 
 def main() -> None:
     """The `reelrt` command."""
-    end_on_signals()
-    with at_once_when_stopped():
-        app()
+    run(app)
