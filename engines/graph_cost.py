@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reelrt.bundle.spec import StageSpec
-from reelrt.engines.graph_kernels import PRODUCTS, Kernel, kernels
+from reelrt.engines.graph_kernels import PRODUCTS, Kernel, Kernels, kernels
 from reelrt.engines.graph_shapes import Tensor, tensor_shapes
 
 if TYPE_CHECKING:
@@ -45,23 +45,50 @@ class Cost:
     activation_bytes: int
 
 
-def graph_cost(
-    model: onnx.ModelProto, spec: StageSpec, sizes: Mapping[str, int], precision: str, stored: str
-) -> Cost:
-    """Estimate one run of a stage.
+@dataclass(frozen=True, slots=True)
+class SizedGraph:
+    """A stage's graph at given sizes; costs in any precision are made from it.
 
-    Args:
-        model: Its graph; weights may be missing.
+    Attributes:
+        model: The graph.
         spec: Its boundary.
         sizes: Size of each named axis.
-        precision: What it shall run in, one of `PRECISIONS`. With `int8` and `int8-weights` the weights of
-            products take a byte per element; activations are counted as FP16.
-        stored: The precision of the graph's own weights.
+        tensors: Every tensor, by name.
+        kernels: What runs as one.
+    """
+
+    model: onnx.ModelProto
+    spec: StageSpec
+    sizes: Mapping[str, int]
+    tensors: Mapping[str, Tensor]
+    kernels: Kernels
+
+
+def sized_graph(model: onnx.ModelProto, spec: StageSpec, sizes: Mapping[str, int]) -> SizedGraph:
+    """Infer a graph's shapes and group its nodes.
+
+    Args:
+        model: The graph; weights may be missing.
+        spec: Its boundary.
+        sizes: Size of each named axis.
 
     Raises:
         BackendError: A shape cannot be inferred.
     """
     tensors = tensor_shapes(model, spec, sizes)
+    return SizedGraph(model, spec, sizes, tensors, kernels(model, tensors))
+
+
+def graph_cost(sized: SizedGraph, precision: str, stored: str) -> Cost:
+    """Estimate one run of a stage.
+
+    Args:
+        sized: Its graph at the sizes it runs at.
+        precision: What it shall run in, one of `PRECISIONS`. With `int8` and `int8-weights` the weights of
+            products take a byte per element; activations are counted as FP16.
+        stored: The precision of the graph's own weights.
+    """
+    model, spec, sizes, tensors = sized.model, sized.spec, sized.sizes, sized.tensors
     item = 4 if precision == "fp32" else 2
     halved = stored == "fp32" and item == 2
 
@@ -77,7 +104,7 @@ def graph_cost(
         for tensor in (*spec.inputs.values(), *spec.outputs.values())
     )
     weights = _weights(model, tensors, size, precision)
-    made = kernels(model, tensors)
+    made = sized.kernels
     moved = sum(size(name) for kernel in made.order for name in (*kernel.reads, *kernel.writes))
     streams = 2 if len([v for v in spec.inputs.values() if v.dtype in ("model", "float32")]) > 1 else 1
     return Cost(

@@ -8,7 +8,7 @@ and costs; opens no engine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from reelrt.bundle.manifest import Bundle, Engine, EngineSet
 from reelrt.bundle.schedule import Cfg
 from reelrt.bundle.spec import StageSpec
 from reelrt.engines import profiles
-from reelrt.engines.graph_cost import WORKSPACE_BYTES, Cost, graph_cost
+from reelrt.engines.graph_cost import WORKSPACE_BYTES, Cost, SizedGraph, graph_cost, sized_graph
 from reelrt.engines.graph_shapes import load_graph
 from reelrt.errors import InputError, PlanError
 from reelrt.jetson.boards import GIB
@@ -33,6 +33,9 @@ POLICIES = {
 }
 CONTEXT_BYTES = 400 << 20
 """CUDA's context, kernels and the library's own: an estimate, to be measured on each board."""
+SHRINK = (0.75, 0.5, 0.25)
+"""Parts of the frames, and of width and height, that are tried as remedies."""
+TOGETHER = "all changes that keep the size"
 SYSTEM_BYTES = GIB
 """What the system takes of a GPU's memory that no board describes: an estimate."""
 
@@ -69,14 +72,14 @@ class StageNeed:
         activation_bytes: Its activations at the planned size.
         state_bytes: Its inputs and outputs: of the step, state and counter twice, table and text.
         source: `estimate`, or `builder` where an engine's own numbers stand here.
-        cost: The estimate.
+        cost: The estimate; None where there are engines and no graphs.
     """
 
     weight_bytes: int
     activation_bytes: int
     state_bytes: int
     source: str
-    cost: Cost
+    cost: Cost | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A change and what it leads to: the smallest peak of any policy."""
+    """A change and what it leads to: the peak of the first policy that fits, else of the smallest one."""
 
     what: str
     policy: str
@@ -134,7 +137,7 @@ class Planner:
 
     def __init__(self, bundle: Bundle, target: Target, engines: EngineSet | None = None) -> None:
         self._bundle, self._target, self._engines = bundle, target, engines
-        self._costs: dict[tuple[str, str, tuple[tuple[str, int], ...]], Cost] = {}
+        self._sized: dict[tuple[str, tuple[tuple[str, int], ...]], SizedGraph] = {}
 
     @cached_property
     def _graphs(self) -> dict[str, onnx.ModelProto]:
@@ -151,11 +154,7 @@ class Planner:
         """
         sizes = self.sizes(video)
         stages = {name: self._need(name, video, sizes[name]) for name in self._bundle.stages}
-        frames = 3 * video.width * video.height * video.frames * video.batch
-        shared = self._target.on_device
-        context = CONTEXT_BYTES if self._target.compute_capability else 0
-        peaks = _peaks(stages, frames if shared else 0, context, shared)
-        return Plan(video, self._target, available(self._target), stages, frames, context, peaks)
+        return _plan(video, self._target, stages)
 
     def sizes(self, video: Video) -> dict[str, dict[str, int]]:
         """Stage to the largest size of each of its named axes."""
@@ -193,38 +192,48 @@ class Planner:
         return engine if same else None
 
     def cost(self, name: str, precision: str, sizes: Mapping[str, int]) -> Cost:
-        """What one run of a stage costs, calculated once for each size."""
-        key = name, precision, tuple(sorted(sizes.items()))
-        if key not in self._costs:
-            stage = self._bundle.stages[name]
-            self._costs[key] = graph_cost(self._graphs[name], stage.spec, sizes, precision, stage.precision)
-        return self._costs[key]
+        """What one run of a stage costs; its graph is looked at once for each size."""
+        stage, key = self._bundle.stages[name], (name, tuple(sorted(sizes.items())))
+        if key not in self._sized:
+            self._sized[key] = sized_graph(self._graphs[name], stage.spec, sizes)
+        return graph_cost(self._sized[key], precision, stage.precision)
 
     def remedies(self, video: Video) -> list[Remedy]:
         """What would make a video need less, each with the peak it leads to.
 
-        Single changes first; when none of them is enough, all of those that keep the size together,
-        then also smaller and shorter ones.
+        Single changes first; when none of them is enough, all of those that keep the size together, and if
+        need be a smaller picture on top.
         """
         found: list[Remedy] = []
         everything = video
         for what, changes in self._changes(video):
             found.append(self._remedy(what, replace(video, **changes)))
             everything = replace(everything, **changes)
-        smaller = list(self._smaller(video))
-        found += [self._remedy(what, replace(video, **changes)) for what, changes in smaller]
-        if not any(each.fits for each in found):
-            if everything != video:
-                found.append(self._remedy("all of these at the same size", everything))
-            for what, changes in [] if found and found[-1].fits else smaller:
-                found.append(self._remedy(f"all of these, and {what}", replace(everything, **changes)))
-                if found[-1].fits:
-                    break
+        found += self._first_fitting("", video, self._shorter(video))
+        found += self._first_fitting("", video, self._smaller(video))
+        if any(each.fits for each in found):
+            return found
+        if everything != video:
+            found.append(self._remedy(f"{TOGETHER}, at the same size", everything))
+        if not found or not found[-1].fits:
+            found += self._first_fitting(f"{TOGETHER}, and ", everything, self._smaller(video))
         return found
+
+    def _first_fitting(
+        self, prefix: str, video: Video, changes: Iterator[tuple[str, dict[str, Any]]]
+    ) -> list[Remedy]:
+        """The first of ever larger changes that fits, else the last."""
+        remedy = None
+        for what, change in changes:
+            remedy = self._remedy(prefix + what, replace(video, **change))
+            if remedy.fits:
+                break
+        return [remedy] if remedy else []
 
     def _remedy(self, what: str, video: Video) -> Remedy:
         plan = self.plan(video)
-        return Remedy(what, plan.smallest, plan.peaks[plan.smallest], plan.fits[plan.smallest])
+        policy = next((name for name, fits in plan.fits.items() if fits), plan.smallest)
+        return Remedy(what, policy, plan.peaks[policy], plan.fits[policy])
 
     def _changes(self, video: Video) -> Iterator[tuple[str, dict[str, Any]]]:
         """Changes that keep the video's size and length."""
@@ -240,14 +249,17 @@ class Planner:
         if min(video.decoder_frames, video.frames) > 1:
             yield "one frame per call of the decoder", {"decoder_frames": 1}
 
-    def _smaller(self, video: Video) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Fewer frames and smaller pictures: three quarters, half, a quarter of each."""
-        geometry = self._bundle.pipeline.geometry
-        for factor in (0.75, 0.5, 0.25):
+    def _shorter(self, video: Video) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Fewer frames."""
+        for factor in SHRINK:
             frames = max(int(video.frames * factor), profiles.SMALLEST_CELLS)
             if frames < video.frames:
                 yield f"--frames {frames}", {"frames": frames}
-        for factor in (0.75, 0.5, 0.25):
+
+    def _smaller(self, video: Video) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Smaller pictures."""
+        geometry = self._bundle.pipeline.geometry
+        for factor in SHRINK:
             unit = geometry.size_multiple
             least = max(unit, profiles.SMALLEST_CELLS * geometry.spatial_scale)
             width, height = (
@@ -255,6 +267,43 @@ class Planner:
             )
             if (width, height) != (video.width, video.height):
                 yield f"--size {width}x{height}", {"width": width, "height": height}
+
+
+def plan_of_engines(engines: EngineSet, target: Target) -> Plan:
+    """The plan of built engines at the largest size they accept, from the builder's numbers alone.
+
+    Raises:
+        InputError: Their builder tells no activations, or the target's memory is not known.
+    """
+    if not all(engine.activation_bytes for engine in engines.engines.values()):
+        raise InputError(
+            f"{engines.folder} holds {engines.backend} engines, whose builder tells no activations.",
+            "Give the bundle they were built from instead.",
+        )
+    stages = {}
+    for name, engine in engines.engines.items():
+        sizes = {axis: each.max for axis, each in engine.profile.items()}
+        state = _boundary(engine.spec, engine.precision, sizes)
+        stages[name] = StageNeed(engine.weight_bytes, engine.activation_bytes, state, "builder", None)
+    profile, pipeline = engines.engines["step"].profile, engines.pipeline
+    scale = pipeline.geometry.spatial_scale
+    video = Video(
+        width=profile["width"].max * scale,
+        height=profile["height"].max * scale,
+        frames=profile["frames"].max,
+        batch=profile["batch"].max,
+        precision=engines.engines["step"].precision,
+        cfg=pipeline.cfg,
+        decoder_frames=engines.engines["vae_decoder"].profile["frames"].max,
+    )
+    return _plan(video, target, stages)
+
+
+def _plan(video: Video, target: Target, stages: Mapping[str, StageNeed]) -> Plan:
+    frames = 3 * video.width * video.height * video.frames * video.batch
+    context = CONTEXT_BYTES if target.compute_capability else 0
+    peaks = _peaks(stages, frames if target.on_device else 0, context, target.on_device)
+    return Plan(video, target, available(target), stages, frames, context, peaks)
 
 
 def precision_of(stage: str, precision: str) -> str:
@@ -290,7 +339,7 @@ def check_fits(planner: Planner, video: Video) -> Plan:
     return plan
 
 
-def does_not_fit(plan: Plan, remedies: list[Remedy]) -> PlanError:
+def does_not_fit(plan: Plan, remedies: Sequence[Remedy]) -> PlanError:
     """The error that says so, with the remedies that help."""
     video, least = plan.video, plan.peaks[plan.smallest]
     what = f"{video.batch} x {video.frames} frames of {video.width}x{video.height} in {video.precision}"
@@ -330,11 +379,9 @@ def _peaks(stages: Mapping[str, StageNeed], frame_bytes: int, context: int, shar
     weights = sum(each.weight_bytes for each in stages.values())
     alone = {name: each.weight_bytes + run[name] for name, each in stages.items()}
     streamed = dict(alone)
-    if "step" in stages and not shared:
-        step = stages["step"]
-        kept = min(2 * step.cost.largest_weight_bytes, step.weight_bytes)
-        streamed["step"] = kept + run["step"]
-    state = stages["step"].state_bytes if "step" in stages else 0
-    resident = max(run[name] + (state if name != "step" else 0) for name in stages)
+    step = stages["step"]
+    if not shared and step.cost is not None:  # one weight is used while the next one comes
+        streamed["step"] = min(2 * step.cost.largest_weight_bytes, step.weight_bytes) + run["step"]
+    resident = max(each + (step.state_bytes if name != "step" else 0) for name, each in run.items())
     peaks = {"all": weights + resident, "staged": max(alone.values()), "streamed": max(streamed.values())}
     return {policy: peak + context for policy, peak in peaks.items()}

@@ -62,6 +62,7 @@ def bounds(plan: Plan, board: Board, launches: int) -> dict[str, StageBound]:
     return {
         name: _bound(need.cost, board, precision_of(name, video.precision), runs[name])
         for name, need in plan.stages.items()
+        if need.cost is not None
     }
 
 

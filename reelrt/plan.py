@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,11 +11,11 @@ import typer
 
 from reelrt.console import Debug, Json, command, note, parse_size, show
 from reelrt.errors import InputError, PlanError
+from reelrt.jetson.targets import HOST
 
 if TYPE_CHECKING:
     from reelrt.bundle.manifest import Bundle, EngineSet
-    from reelrt.engines.memory import Plan, Planner, Video
-    from reelrt.engines.roofline import StageBound
+    from reelrt.engines.memory import Plan, Planner, Remedy
     from reelrt.jetson.boards import Board
     from reelrt.jetson.targets import Target
 
@@ -24,10 +24,17 @@ PlanPrecision = Literal["fp32", "fp16", "int8", "int8-weights"]
 
 @command
 def plan(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle that `reelrt export` wrote.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="BUNDLE_OR_ENGINES", help="What `reelrt export` or `reelrt build` wrote."),
+    ],
     target: Annotated[
-        str, typer.Option(help="host, orin-nano-8gb, orin-nx-16gb, rtx3060-laptop-6gb and the like.")
-    ] = "host",
+        str | None,
+        typer.Option(
+            help="host, orin-nano-8gb, orin-nx-16gb, rtx3060-laptop-6gb and the like.",
+            show_default="what the engines were built for, else host",
+        ),
+    ] = None,
     size: Annotated[
         str | None, typer.Option(metavar="WxH", help="Picture, in pixels.", show_default="the model's")
     ] = None,
@@ -49,16 +56,25 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say whether a video fits a device, what would make it fit, and the least time it can take there."""
-    from reelrt.bundle.manifest import Bundle, EngineSet
-    from reelrt.engines.memory import Planner, Video, does_not_fit
+    from reelrt.bundle.manifest import Bundle, EngineSet, kind_of
+    from reelrt.engines.memory import Planner, Video, plan_of_engines
 
-    source = Bundle.load(bundle)
+    wanted = parse_size(size)
+    if kind_of(folder) == EngineSet.kind:
+        if (size, frames, engines) != (None, None, None):
+            raise InputError(
+                "engines are planned at the size they were built for.", "Give the bundle instead."
+            )
+        alone = EngineSet.load(folder, check=False)
+        _finish(_document(plan_of_engines(alone, _target(target or alone.target))), as_json)
+        return
+    source = Bundle.load(folder)
     built = EngineSet.load(engines, check=False) if engines else None
     if built is not None and built.bundle != source.sha256:
-        raise InputError(f"{engines} was not built from {bundle}.", "Give the bundle it was built from.")
-    aim = _target(target)
+        raise InputError(f"{engines} was not built from {folder}.", "Give the bundle it was built from.")
+    aim = _target(target or (built.target if built else HOST))
     geometry = source.pipeline.geometry
-    width, height = parse_size(size) or (geometry.width, geometry.height)
+    width, height = wanted or (geometry.width, geometry.height)
     video = Video(
         width=width,
         height=height,
@@ -67,20 +83,24 @@ def plan(
         precision=precision or _precision(source, aim),
         cfg=source.pipeline.cfg,
     )
+    schedule = source.schedules.get(source.pipeline.solver, steps)
     planner = Planner(source, aim, built)
     made = planner.plan(video)
-    fits = any(made.fits.values())
     remedies = [] if made.fits["all"] else planner.remedies(video)
-    schedule = source.schedules.get(source.pipeline.solver, steps)
-    scale = source.pipeline.guidance if guidance is None else guidance
-    launches = schedule.rows(scale, video.cfg)
-    document = _document(made, launches)
-    document["remedies"] = [asdict(each) for each in remedies]
-    document["builder"] = _compare(planner, built) if built is not None else {}
+    document = _document(made, remedies)
+    if aim.board:
+        launches = schedule.rows(source.pipeline.guidance if guidance is None else guidance, video.cfg)
+        document["roofline"] = _roofline(made, aim.board, launches)
+    if built is not None:
+        document["builder"] = _compare(planner, built)
+    _finish(document, as_json)
+
+
+def _finish(document: dict[str, Any], as_json: bool) -> None:
+    """Show a plan; end with its exit code when it does not fit."""
     show(document if as_json else _overview(document), as_json)
-    if not fits:
-        error = does_not_fit(made, remedies)
-        note(f"Error: {error}")
+    if not document["fits"]:
+        note(f"Error: {document['error']}")
         raise typer.Exit(PlanError.exit_code)
 
 
@@ -98,10 +118,9 @@ def _precision(bundle: Bundle, target: Target) -> str:
     return "fp16" if stored == "fp32" and target.compute_capability else stored
 
 
-def _document(plan: Plan, launches: int) -> dict[str, Any]:
+def _document(plan: Plan, remedies: Sequence[Remedy] = ()) -> dict[str, Any]:
     """A plan as `--json` prints it."""
-    from reelrt.engines.memory import POLICIES
-    from reelrt.engines.roofline import bounds
+    from reelrt.engines.memory import POLICIES, does_not_fit
 
     target, board = plan.target, plan.target.board
     stages = {
@@ -131,18 +150,22 @@ def _document(plan: Plan, launches: int) -> dict[str, Any]:
         "stages": stages,
         "policies": policies,
         "fits": any(plan.fits.values()),
-        "roofline": _roofline(bounds(plan, board, launches), board, plan.video) if board else {},
+        "error": "" if any(plan.fits.values()) else str(does_not_fit(plan, remedies)),
+        "remedies": [asdict(each) for each in remedies],
+        "builder": {},
+        "roofline": {},
     }
 
 
-def _roofline(stages: Mapping[str, StageBound], board: Board, video: Video) -> dict[str, Any]:
+def _roofline(plan: Plan, board: Board, launches: int) -> dict[str, Any]:
     """The bounds of every stage, and what they were made of."""
-    from reelrt.engines.roofline import peak_flops
+    from reelrt.engines.roofline import bounds, peak_flops
 
+    stages = bounds(plan, board, launches)
     return {
         "stages": {name: asdict(bound) for name, bound in stages.items()},
         "least_seconds": sum(bound.seconds for bound in stages.values()),
-        "peak_flops_per_second": peak_flops(board, video.precision),
+        "peak_flops_per_second": peak_flops(board, plan.video.precision),
         "bandwidth_bytes_per_second": board.bandwidth_gbs * 1e9,
         "sources": dict(board.sources),
         "note": board.note,

@@ -30,9 +30,7 @@ def test_every_figure_has_a_source_or_is_called_an_estimate(board: Board) -> Non
 def test_figures_agree_with_each_other(board: Board) -> None:
     assert 0 < board.system_gib < board.usable_gib < board.memory_gib
     assert board.free_bytes == int((board.usable_gib - board.system_gib) * GIB)
-    assert board.int8_tops == pytest.approx(
-        2 * board.fp16_tflops, rel=0.01
-    )  # both dense
+    assert board.int8_tops == pytest.approx(2 * board.fp16_tflops, rel=0.01)  # both dense
     assert board.name.endswith(f"{board.memory_gib}gb")
     assert board.shared == (board.compute_capability == "8.7")
 
@@ -49,7 +47,7 @@ def test_a_family_is_its_smallest_board(family: str) -> None:
     same = [board for name, board in boards().items() if name.startswith(family)]
     assert target.board in same
     assert target.memory_gib == min(board.memory_gib for board in same)
-    assert find(target.board.name).board is target.board  # type: ignore[union-attr]
+    assert find(target.board.name).board is target.board
 
 
 def test_the_orin_nano_is_described_in_its_fastest_mode() -> None:
