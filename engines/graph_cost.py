@@ -76,7 +76,7 @@ def sized_graph(model: onnx.ModelProto, spec: StageSpec, sizes: Mapping[str, int
         BackendError: A shape cannot be inferred.
     """
     tensors = tensor_shapes(model, spec, sizes)
-    return SizedGraph(model, spec, sizes, tensors, kernels(model, tensors))
+    return SizedGraph(model, spec, sizes, tensors, kernels(model, tensors, sizes.get("batch", 1)))
 
 
 def graph_cost(sized: SizedGraph, precision: str, stored: str) -> Cost:

@@ -25,6 +25,8 @@ PRODUCTS = frozenset(("Conv", "ConvTranspose", "MatMul", "Gemm"))
 ATTENTION = "Attention"
 HEAVY = PRODUCTS | {ATTENTION, "InstanceNormalization", "GroupNormalization", "LayerNormalization", "Resize"}
 """Operators that begin a kernel."""
+WHOLE = 1 << 28
+"""A product of so many elements at the tuned size is stored whole, even if it is only split (bisected)."""
 REDUCTIONS = frozenset(("Softmax", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"))
 
 
@@ -60,17 +62,18 @@ class Kernels:
     outside: frozenset[str]
 
 
-def kernels(model: onnx.ModelProto, tensors: Mapping[str, Tensor]) -> Kernels:
+def kernels(model: onnx.ModelProto, tensors: Mapping[str, Tensor], batch: int = 1) -> Kernels:
     """Group a graph's nodes into kernels.
 
     Args:
         model: A flat graph, its nodes in order.
         tensors: Its tensors, as `tensor_shapes` gives them.
+        batch: Videos at once at these sizes. Engines are tuned for one, and the compiler decides by that.
     """
     operations, root = _operations(model, tensors)
     outside = frozenset(root(value.name) for value in (*model.graph.input, *model.graph.output))
     operations = _join_attention(operations, tensors)
-    operations = _part_products(operations)
+    operations = _part_products(operations, tensors, batch)
     return Kernels(_group(operations, outside), outside)
 
 
@@ -163,17 +166,17 @@ def _passes(operation: Operation, links: _Links) -> bool:
     return alone and operation.kind in ("Transpose", "Mul")
 
 
-def _part_products(operations: list[Operation]) -> list[Operation]:
+def _part_products(operations: list[Operation], tensors: Mapping[str, Tensor], batch: int) -> list[Operation]:
     """A product whose result, with a bias added, is only split: one product per part, the last part first.
 
     The parts' order is the compiler's for a gated layer, which stores its gate and forms the product
-    with it while it multiplies.
+    with it while it multiplies. It does not do that from `WHOLE` elements on.
     """
     links = _Links(operations)
     gone: set[int] = set()
     parts: dict[int, list[str]] = {}
     for split in operations:
-        if split.kind != "Split":
+        if split.kind != "Split" or tensors[split.inputs[0]].elements >= WHOLE * batch:
             continue
         between, maker = [split], links.maker.get(split.inputs[0])
         while maker and links.only_user(maker.outputs[0]) and maker.kind == "Add" and len(maker.inputs) == 1:

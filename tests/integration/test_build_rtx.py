@@ -75,7 +75,7 @@ def test_the_plan_is_within_15_percent_of_the_builder(bundle, sets, precision):
     for name, engine in engines.engines.items():
         cost = planner.cost(name, precision, {axis: each.max for axis, each in engine.profile.items()})
         assert cost.activation_bytes == pytest.approx(engine.activation_bytes, rel=0.15), name
-        assert cost.weight_bytes == pytest.approx(engine.weight_bytes, rel=0.05), name
+        assert cost.weight_bytes == pytest.approx(engine.weight_bytes, rel=0.05, abs=1 << 14), name
 
 
 def test_the_builders_numbers_replace_the_estimate(bundle, sets):

@@ -111,8 +111,7 @@ def test_attention_stores_no_scores_and_counts_their_arithmetic() -> None:
     assert alive(cost) == 4 * tokens * 8 * 4  # q, k, v and the result; scores would be [2, 2, 6, 6] more
 
 
-def test_a_gated_layer_stores_each_half_once() -> None:
-    text = """
+GATED = """
     g (float[n, h, 8] x) => (float[n, h, 8] y) {
       wide = MatMul (x, w1)
       biased = Add (wide, b1)
@@ -123,8 +122,18 @@ def test_a_gated_layer_stores_each_half_once() -> None:
       y = MatMul (product, w2)
     }
     """
-    cost = cost_of(model_of(text, w1=(8, 64), b1=(64,), w2=(32, 8)), spec_of("n", "h", 8))
+
+
+def test_a_gated_layer_stores_each_half_once() -> None:
+    cost = cost_of(model_of(GATED, w1=(8, 64), b1=(64,), w2=(32, 8)), spec_of("n", "h", 8))
     assert alive(cost) == 4 * (2 * 6) * (32 + 32)  # the gate, and the product made while multiplying
+
+
+def test_a_gated_layer_of_a_huge_size_is_stored_whole() -> None:
+    model = model_of(GATED, w1=(8, 64), b1=(64,), w2=(32, 8))
+    for tokens, halves in ((2**22 - 1, 2), (2**22, 3)):  # 2**28 elements and one row less
+        sized = sized_graph(model, spec_of("n", "h", 8), {"n": 1, "h": tokens})
+        assert alive(graph_cost(sized, "fp16", "fp32")) == 2 * tokens * 32 * halves
 
 
 def test_shapes_that_a_graph_computes_are_followed() -> None:
