@@ -74,6 +74,7 @@ def kernels(model: onnx.ModelProto, tensors: Mapping[str, Tensor], batch: int = 
     outside = frozenset(root(value.name) for value in (*model.graph.input, *model.graph.output))
     operations = _join_attention(operations, tensors)
     operations = _part_products(operations, tensors, batch)
+    operations = _place_parts(operations)
     return Kernels(_group(operations, outside), outside)
 
 
@@ -194,10 +195,36 @@ def _part_products(operations: list[Operation], tensors: Mapping[str, Tensor], b
     return made
 
 
+def _place_parts(operations: list[Operation]) -> list[Operation]:
+    """A Concat of a convolution's result is no operation: its parts are written into the whole at once.
+
+    So the whole is there from the first part on, which for a skip connection is long before the second.
+    """
+    links = _Links(operations)
+    whole: dict[str, str] = {}
+    gone: set[int] = set()
+    for each in operations:
+        made = [links.maker.get(name) for name in each.inputs]
+        direct = any(m is not None and m.kind == "Conv" and links.only_user(m.outputs[0]) for m in made)
+        if each.kind == "Concat" and direct and all(m is not None for m in made):
+            gone.add(id(each))
+            whole.update(dict.fromkeys(each.inputs, each.outputs[0]))
+    return [
+        Operation(
+            each.kind,
+            [whole.get(name, name) for name in each.inputs],
+            [whole.get(name, name) for name in each.outputs],
+        )
+        for each in operations
+        if id(each) not in gone
+    ]
+
+
 def _group(operations: Sequence[Operation], outside: frozenset[str]) -> list[Kernel]:
     """Let every element-wise operation join the kernel that made the last of its inputs."""
     made: list[Kernel] = []
     home: dict[str, int] = {}
+    makers_of: defaultdict[str, list[int]] = defaultdict(list)
     for each in operations:
         makers = [home[name] for name in each.inputs if name in home]
         latest = max(makers) if makers else None
@@ -207,13 +234,13 @@ def _group(operations: Sequence[Operation], outside: frozenset[str]) -> list[Ker
         kernel = made[latest]
         kernel.kinds.append(each.kind)
         kernel.reads.update(name for name in each.inputs if home.get(name) != latest)
-        home.update(dict.fromkeys(each.outputs, latest))
-    for kernel in made:
-        for name in kernel.reads:
-            if name in home:
-                made[home[name]].writes.add(name)
-    for name in outside & home.keys():
-        made[home[name]].writes.add(name)
+        for name in each.outputs:
+            home[name] = latest
+            makers_of[name].append(latest)
+    read = {name for kernel in made for name in kernel.reads}
+    for name in (read | outside) & home.keys():
+        for index in makers_of[name]:
+            made[index].writes.add(name)
     return made
 
 

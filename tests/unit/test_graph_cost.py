@@ -136,6 +136,24 @@ def test_a_gated_layer_of_a_huge_size_is_stored_whole() -> None:
         assert alive(graph_cost(sized, "fp16", "fp32")) == 2 * tokens * 32 * halves
 
 
+def test_a_skip_connection_takes_its_place_in_the_whole_at_once() -> None:
+    text = """
+    g (float[n, 4, h, h] x) => (float[n, 4, h, h] y) {
+      skip = Conv <pads = [1, 1, 1, 1]> (x, w1)
+      small = Conv <strides = [2, 2]> (skip, w2)
+      large = Conv <pads = [3, 3, 3, 3]> (small, w2)
+      both = Concat <axis = 1> (large, skip)
+      y = Conv <pads = [1, 1, 1, 1]> (both, w3)
+    }
+    """
+    model = model_of(text, w1=(8, 4, 3, 3), w2=(8, 8, 3, 3), w3=(4, 16, 3, 3))
+    sized = sized_graph(model, spec_of("n", 4, "h", "h"), {"n": 1, "h": 6})
+    assert [kernel.kinds for kernel in sized.kernels.order] == [["Conv"]] * 4
+    assert sized.kernels.order[0].writes == {"both"}
+    kept = 16 * 36 + 8 * 4  # the whole [16, 6, 6] is there beside the small one [8, 2, 2]
+    assert alive(graph_cost(sized, "fp32", "fp32")) >= 4 * kept
+
+
 def test_shapes_that_a_graph_computes_are_followed() -> None:
     text = """
     g (float[n, 4, h, h] x) => (float[n, 4, h, h] y)
