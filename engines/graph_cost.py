@@ -7,7 +7,9 @@ order and what is alive is added up. How far it is from the builder's own figure
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -155,19 +157,24 @@ def _flops(node: onnx.NodeProto, tensors: Mapping[str, Tensor]) -> int:
 
 
 def _peak(order: Sequence[Kernel], outside: frozenset[str], size: Callable[[str], int]) -> int:
-    """Most bytes alive at once.
+    """Most bytes held at once.
 
-    A tensor is freed one kernel after the last that reads it, as the compiler's own plan has it.
+    The compiler reuses a tensor's memory in a kernel that comes at least two steps of dependence after
+    every kernel that reads it: what could run beside a reader must not overwrite what it reads.
     """
-    last = {name: index for index, kernel in enumerate(order) for name in kernel.reads}
-    freed: dict[int, list[str]] = {}
-    for name, index in last.items():
-        freed.setdefault(index + 1, []).append(name)
-    alive: dict[str, int] = {}
+    makers: dict[str, int] = {}
+    readers: dict[str, int] = {}
+    for index, kernel in enumerate(order):
+        for name in kernel.reads:
+            readers[name] = readers.get(name, 0) | 1 << index
+    before: list[int] = []  # bit i of entry k: kernel k depends on kernel i
+    held: dict[str, int] = {}
     peak = 0
     for index, kernel in enumerate(order):
-        alive.update({name: size(name) for name in kernel.writes - outside})
-        peak = max(peak, sum(alive.values()))
-        for name in freed.get(index, ()):
-            alive.pop(name, None)
+        parents = {makers[name] for name in kernel.reads if name in makers}
+        distant = functools.reduce(operator.or_, (before[parent] for parent in parents), 0)
+        before.append(functools.reduce(operator.or_, (1 << parent for parent in parents), distant))
+        held.update({name: size(name) for name in kernel.writes - outside})
+        makers.update(dict.fromkeys(kernel.writes, index))
+        peak = max(peak, sum(each for name, each in held.items() if readers[name] & ~distant))
     return peak

@@ -75,7 +75,8 @@ def kernels(model: onnx.ModelProto, tensors: Mapping[str, Tensor], batch: int = 
     operations = _join_attention(operations, tensors)
     operations = _part_products(operations, tensors, batch)
     operations = _place_parts(operations)
-    return Kernels(_group(operations, outside), outside)
+    main = max(model.graph.input, key=lambda value: tensors[value.name].elements).name
+    return Kernels(_side_first(_group(operations, outside), main), outside)
 
 
 def _operations(
@@ -242,6 +243,15 @@ def _group(operations: Sequence[Operation], outside: frozenset[str]) -> list[Ker
         for index in makers_of[name]:
             made[index].writes.add(name)
     return made
+
+
+def _side_first(order: Sequence[Kernel], main: str) -> list[Kernel]:
+    """Run first what does not depend on the main input: time embeddings, keys and values of the text."""
+    fed = {main}
+    for kernel in order:
+        if not fed.isdisjoint(kernel.reads):
+            fed |= kernel.writes
+    return sorted(order, key=lambda kernel: not fed.isdisjoint(kernel.reads))
 
 
 def _joins(operation: Operation, kernel: Kernel) -> bool:
