@@ -19,7 +19,7 @@ from reelrt import __version__
 from reelrt.bundle.files import atomic_folder, verify
 from reelrt.bundle.manifest import MANIFEST, Bundle, Engine, EngineSet, Stage
 from reelrt.bundle.spec import Profile
-from reelrt.engines import backends, profiles, recipe
+from reelrt.engines import backends, memory, profiles, recipe
 from reelrt.engines.backends import Backend
 from reelrt.engines.worker import run_job
 from reelrt.errors import InputError, IntegrityError
@@ -43,6 +43,7 @@ def build_engines(
     size: tuple[int, int] | None = None,
     frames: int | None = None,
     batch: int | None = None,
+    check_memory: bool = True,
     progress: Progress = silent,
 ) -> EngineSet:
     """Build the engines of a bundle for one device; what is built already is kept.
@@ -58,6 +59,7 @@ def build_engines(
         frames: Most frames. Default: the model's own.
         batch: Most videos at once. Default: 4 on a CPU, where it costs nothing; on a GPU 1, from
             8 GiB on 2, from 16 GiB on 4.
+        check_memory: Whether to refuse, before building, what does not fit the memory of a GPU target.
         progress: Told of one stage at a time.
 
     Returns:
@@ -67,6 +69,7 @@ def build_engines(
         InputError: An unknown name, or a target that cannot be built for here.
         RangeError: A size, frame count or batch the model cannot make.
         IntegrityError: The bundle is damaged.
+        PlanError: The target has too little memory; the message says what would fit.
         BackendError: The backend is not installed, or fails.
     """
     device = detect()
@@ -85,6 +88,9 @@ def build_engines(
     if previous is not None and len(kept) == len(plan) and _is_current(previous, source, aim, plan):
         log.info("%s is up to date", output)
         return previous
+    if check_memory and library.name != "onnxruntime" and aim.memory_gib:
+        video = memory.Video(width, height, count, batch, plan["step"].precision, source.pipeline.cfg)
+        memory.check_fits(memory.Planner(source, aim), video)
     with atomic_folder(output, EngineSet.kind) as folder:
         engines = {}
         for name, planned in plan.items():

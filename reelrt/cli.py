@@ -18,12 +18,14 @@ from reelrt.console import (
     Solver,
     command,
     note,
+    parse_size,
     progress_bars,
     run,
     show,
 )
-from reelrt.errors import InputError, IntegrityError
+from reelrt.errors import IntegrityError
 from reelrt.evaluate import evaluate
+from reelrt.plan import plan
 
 app = typer.Typer(
     name="reelrt",
@@ -33,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(evaluate)
+app.command(epilog=EPILOG)(plan)
 
 Precision = Literal["fp32", "fp16"]
 Cfg = Literal["split", "batched"]
@@ -103,6 +106,9 @@ def build(
     batch: Annotated[
         int | None, typer.Option(help="Most videos at once.", show_default="what suits the target")
     ] = None,
+    memory_check: Annotated[
+        bool, typer.Option(help="Refuse, before building, what does not fit the target's memory.")
+    ] = True,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -118,9 +124,10 @@ def build(
             backend=backend,
             target=target,
             precision=precision,
-            size=_size(size),
+            size=parse_size(size),
             frames=frames,
             batch=batch,
+            check_memory=memory_check,
             progress=progress,
         )
     up_to_date = _manifest_time(output) == before
@@ -178,7 +185,7 @@ def generate(
             guidance=guidance,
             seed=seed,
             frames=frames,
-            size=_size(size),
+            size=parse_size(size),
             solver=solver,
             progress=progress,
         )
@@ -308,20 +315,6 @@ def _manifest_time(folder: Path) -> int:
 
     path = folder / MANIFEST
     return path.stat().st_mtime_ns if path.is_file() else 0
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    """(width, height) of `WxH`.
-
-    Raises:
-        InputError: It does not read so.
-    """
-    if text is None:
-        return None
-    width, cross, height = text.lower().replace("\u00d7", "x").partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal()):
-        raise InputError(f"size {text!r} is not WIDTHxHEIGHT.", "Write 64x64, say.")
-    return int(width), int(height)
 
 
 def _outputs(output: Path, count: int) -> list[Path]:

@@ -50,6 +50,7 @@ EXIT_CODES: tuple[tuple[int, str], ...] = (
     (6, "a backend is not installed, or failed"),
     (7, "the disk is full, or the system refused a file"),
     (8, "an evaluation is below its minimum"),
+    (9, "the plan does not fit the target's memory"),
     (130, "interrupted; nothing is left half-written"),
 )
 INPUT_CODE, SYSTEM_CODE, BELOW_MINIMUM_CODE, INTERRUPTED_CODE = 2, 7, 8, 130
@@ -158,6 +159,20 @@ def _describe(error: BaseException) -> tuple[str, str, int]:
         return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}.", "", SYSTEM_CODE
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}.", "", 1
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """(width, height) of `WxH`.
+
+    Raises:
+        InputError: It does not read so.
+    """
+    if text is None:
+        return None
+    width, cross, height = text.lower().replace("\u00d7", "x").partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise InputError(f"size {text!r} is not WIDTHxHEIGHT.", "Write 64x64, say.")
+    return int(width), int(height)
 
 
 def note(text: str) -> None:

@@ -80,6 +80,12 @@ class BackendError(ReelError):
     exit_code = 6
 
 
+class PlanError(ReelError):
+    """A video needs more memory than its target has, whatever is kept loaded."""
+
+    exit_code = 9
+
+
 class Cancelled(ReelError):
     """The work was cancelled on request; nothing was left half-written."""
 
