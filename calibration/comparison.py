@@ -165,10 +165,8 @@ def _per_step(errors: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> list
 def _speed(seconds: Mapping[str, float], ratio: float, steps: int, backend: str) -> str:
     """Which of the two is slower, in a sentence."""
     change = f"{abs(100 * (ratio - 1)):.0f} % {'longer' if ratio > 1 else 'shorter'}"
-    if abs(ratio - 1) <= AS_FAST:
-        verdict = "as fast as"
-    else:
-        verdict = "slower than" if ratio > 1 else "faster than"
+    alike = abs(ratio - 1) <= AS_FAST
+    verdict = "about as fast as" if alike else "slower than" if ratio > 1 else "faster than"
     return (
         f"The candidate is {verdict} the reference on {backend}: denoising a video in {steps} steps took "
         f"{seconds['candidate']:.2f} s against {seconds['reference']:.2f} s (medians), {change}."

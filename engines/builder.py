@@ -77,6 +77,7 @@ def build_engines(
     device = detect()
     library, aim = backends.choose(backend, target, device)
     source = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    quality = check_quality(source, quality_gate)
     width, height, count = profiles.check_size(source.pipeline.geometry, size, frames)
     if batch is None:
         batch = CPU_BATCH if library.name == "onnxruntime" else profiles.default_batch(aim.memory_gib)
@@ -85,7 +86,6 @@ def build_engines(
         name: _planned(source, stage, ranges[name], precision, library, aim, device)
         for name, stage in source.stages.items()
     }
-    quality = check_quality(source, quality_gate)
     previous = _previous(output)
     kept = {} if previous is None else _kept(previous, plan)
     if previous is not None and len(kept) == len(plan) and _is_current(previous, source, aim, plan, quality):
