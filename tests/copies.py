@@ -62,6 +62,7 @@ def noise(size: float) -> Change:
 
     def change(values: np.ndarray) -> np.ndarray:
         rng = np.random.default_rng(0)
-        return values + size * values.std() * rng.standard_normal(values.shape)
+        noisy: np.ndarray = values + size * values.std() * rng.standard_normal(values.shape)
+        return noisy
 
     return change
