@@ -97,6 +97,8 @@ def _png(draw: Callable[[Sequence[Axes], Document, Theme], None], report: Docume
         draw(grid[0], report, theme)
         for axes, run in zip(grid[0], report["runs"], strict=True):
             axes.set_title(f"{run['steps']} steps", fontsize=11)
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         return _saved(figure)
 
 
@@ -126,7 +128,6 @@ def _latents(grid: Sequence[Axes], report: Document, theme: Theme) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(0, 100 * top * 1.08 or 1)
     grid[0].set_ylabel("relative error of the latents, %")
-    _legend(grid)
 
 
 def _ssim(grid: Sequence[Axes], report: Document, theme: Theme) -> None:
@@ -135,29 +136,22 @@ def _ssim(grid: Sequence[Axes], report: Document, theme: Theme) -> None:
 
     target = TARGETS.get(report["candidate"]["precision"])
     every = [video["ssim"] for run in report["runs"] for video in run["videos"]]
-    low = min([*every, target.ssim if target else 1.0])
-    width = (1 - low) / BINS or 1e-3
+    low = min(every)
+    width = (1 - low) / BINS or 1e-4
     edges = low - width + width * np.arange(BINS + 2)
     for axes, run in zip(grid, report["runs"], strict=True):
         axes.hist([video["ssim"] for video in run["videos"]], bins=edges.tolist(), color=theme.candidate)
         axes.axvline(run["ssim"]["mean"], color=theme.ink, linewidth=1.5, label="mean")
         if target:
-            label = f"target for the mean: {target.ssim:g}"
+            outside = ", left of this plot" if target.ssim < edges[0] else ""
+            label = f"target for the mean: {target.ssim:g}{outside}"
             axes.axvline(target.ssim, color=theme.limit, linestyle="--", label=label)
         axes.set_xlabel(f"SSIM of a video's frames; mean {run['ssim']['mean']:.5f}")
         axes.set_xlim(edges[0], edges[-1] + width)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter("{x:.5g}")
     grid[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     grid[0].set_ylabel("videos")
-    _legend(grid)
-
-
-def _legend(grid: Sequence[Axes]) -> None:
-    """One legend for all axes, below them."""
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure = grid[0].get_figure(root=True)
-    assert figure is not None
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
 
 def _adherence(grid: Sequence[Axes], report: Document, theme: Theme) -> None:
@@ -185,4 +179,3 @@ def _adherence(grid: Sequence[Axes], report: Document, theme: Theme) -> None:
         axes.set_yticks(range(0, 101, 20))
         axes.grid(visible=False, axis="x")
     grid[0].set_ylabel("videos that are right, %")
-    _legend(grid)

@@ -306,7 +306,7 @@ def _sheet(shown: Sequence[Pair]) -> bytes:
         count, _, width, _ = pair.frames.shape
         gap = np.full((count, SHEET_GAP, width, 3), PAPER, np.uint8)
         frames = np.concatenate([pair.frames, gap, pair.other], axis=1)
-        caption = f"SSIM {pair.figures['ssim']:.4f}, seed {pair.asked.seed}: {pair.asked.prompt}"
+        caption = f"SSIM {pair.figures['ssim']:.5f}, seed {pair.asked.seed}: {pair.asked.prompt}"
         rows.append(Row(frames, caption, [f"lost {name}" for name in pair.lost]))
     file = io.BytesIO()
     contact_sheet(rows).save(file, format="PNG")
