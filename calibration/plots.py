@@ -149,7 +149,7 @@ def _ssim(grid: Sequence[Axes], report: Document, theme: Theme) -> None:
         axes.set_xlabel(f"SSIM of a video's frames; mean {run['ssim']['mean']:.5f}")
         axes.set_xlim(edges[0], edges[-1] + width)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter("{x:.5g}")
+        axes.xaxis.set_major_formatter("{x:.7g}")
     grid[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     grid[0].set_ylabel("videos")
 
