@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from reelrt.calibration.adherence import EVERYTHING, SCORED
 from reelrt.calibration.fidelity import paired_difference, spread
@@ -43,7 +44,7 @@ class Run:
         return [pair.figures[name] for pair in self.pairs]
 
     @property
-    def latent_errors(self) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    def latent_errors(self) -> npt.NDArray[np.float64]:
         """Relative error of the latents, float64 [pairs, steps]."""
         return np.array(self.values("latent_errors"), np.float64).reshape(len(self.pairs), self.steps)
 
@@ -153,7 +154,7 @@ def _ratio(sides: Mapping[str, float]) -> float:
     return sides["candidate"] / sides["reference"]
 
 
-def _per_step(errors: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> list[dict[str, float]]:
+def _per_step(errors: npt.NDArray[np.float64]) -> list[dict[str, float]]:
     names = {"mean": errors.mean(0), "median": np.median(errors, 0), "worst": errors.max(0)}
     names["percentile_95"] = np.percentile(errors, 95, axis=0)
     return [

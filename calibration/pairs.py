@@ -20,7 +20,7 @@ import numpy as np
 from reelrt import __version__
 from reelrt.bundle.files import atomic_files
 from reelrt.calibration import fidelity
-from reelrt.calibration.judge import judge
+from reelrt.calibration.judge import Verdict, judge
 from reelrt.calibration.prompts import pick_scenes
 from reelrt.calibration.shapes import Scene, all_captions, all_scenes
 from reelrt.calibration.sheet import Frames, small_frames
@@ -70,9 +70,7 @@ class Pair:
         """Attribute to whether a side's video shows what was asked for."""
         scene, seen = self.asked.scene, self.figures["seen"]
         assert scene is not None
-        assert seen is not None
-        wanted = {**asdict(scene), "smooth": True}
-        return {name: seen[side][name] == wanted[name] for name in seen[side]}
+        return Verdict(**seen[side]).right(scene)
 
     @property
     def lost(self) -> list[str]:

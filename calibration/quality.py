@@ -21,14 +21,15 @@ import numpy as np
 
 from reelrt import __version__
 from reelrt.bundle.files import atomic_files
+from reelrt.bundle.manifest import Bundle, EngineSet, kind_of
 from reelrt.bundle.report import KIND, PROMPTS, QUALITY, REFERENCE, SCHEMA, TARGETS, Report
-from reelrt.calibration import page, pairs, plots
+from reelrt.calibration import page, pairs, plots, sides
 from reelrt.calibration.adherence import MOST_PROMPTS, check_prompts
 from reelrt.calibration.comparison import Run, compare
 from reelrt.calibration.fidelity import LEAST_SIDE
-from reelrt.calibration.pairs import KEPT, Asked, Kept, Pair
+from reelrt.calibration.pairs import KEPT, Asked, Kept
 from reelrt.calibration.sheet import PAPER, Row, contact_sheet
-from reelrt.calibration.sides import Side, check_alike
+from reelrt.calibration.sides import Side
 from reelrt.errors import BackendError, InputError
 from reelrt.progress import Progress, silent
 from reelrt.runtime.noise import check_seed
@@ -105,27 +106,21 @@ def evaluate_quality(
     counts = list(dict.fromkeys(steps))
     if not counts:
         raise InputError("no number of steps was given.")
-    check_seed(seed)
-    if isinstance(prompts, int):
-        check_prompts(prompts)
-    asked = (
-        pairs.numbered(prompts, seed)
-        if isinstance(prompts, int)
-        else pairs.from_file(prompts, seed, MOST_PROMPTS)
-    )
-    check_seed(asked[-1].seed)
+    asked = _requests(prompts, seed)
     check_writable(output / "quality.png")
-    one, other = Side.open(reference), Side.open(candidate)
-    attached = candidate / QUALITY if attach and other.is_bundle and one.precision == REFERENCE else None
+    ours, theirs = sides.read(reference), sides.read(candidate)
+    attachable = kind_of(candidate) == Bundle.kind and sides.precision(ours) == REFERENCE
+    attached = candidate / QUALITY if attach and attachable else None
     if attached:
         check_writable(attached.with_suffix(".png"))
-    pipeline = one.pipe.engines.pipeline
+    pipeline = ours.pipeline
     scale = float(pipeline.guidance if guidance is None else guidance)
     sampler = solver or pipeline.solver
-    check_alike(one, other, sampler, counts, scale)
-    _check_picture(one)
+    sides.check_alike(ours, theirs, sampler, counts, scale)
+    _check_picture(ours)
     judged, why = _judged(pipeline.model.name, asked, isinstance(prompts, int), adherence)
     settings: dict[str, Any] = {"guidance": scale, "solver": sampler, "adherence": judged}
+    one, other = Side.open(reference), Side.open(candidate)
     kept = Kept(output / KEPT, one, other, settings)
     found = sum(kept.path(each, count).exists() for count in counts for each in asked)
     if found:
@@ -144,6 +139,9 @@ def evaluate_quality(
         )
     except OSError as error:
         raise InputError(f"cannot write to {output}: {error.strerror or error}.") from error
+    except KeyboardInterrupt:
+        log.info("what was measured is kept in %s; the same command goes on from there", output / KEPT)
+        raise
     geometry = pipeline.geometry
     settings = {
         "prompts": len(asked),
@@ -172,8 +170,24 @@ def _check_packages() -> None:
         )
 
 
-def _check_picture(side: Side) -> None:
-    geometry = side.pipe.engines.pipeline.geometry
+def _requests(prompts: int | Path, seed: int) -> list[Asked]:
+    """What shall be made, each with a seed of its own.
+
+    Raises:
+        InputError: An impossible number, file or seed.
+    """
+    check_seed(seed)
+    if isinstance(prompts, int):
+        check_prompts(prompts)
+        asked = pairs.numbered(prompts, seed)
+    else:
+        asked = pairs.from_file(prompts, seed, MOST_PROMPTS)
+    check_seed(asked[-1].seed)
+    return asked
+
+
+def _check_picture(side: EngineSet) -> None:
+    geometry = side.pipeline.geometry
     if min(geometry.width, geometry.height) < LEAST_SIDE:
         size = f"{geometry.width} x {geometry.height}"
         raise InputError(
@@ -214,15 +228,15 @@ def _document(
     machine: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The report as plain JSON values."""
-    sides = {"reference": reference.document(), "candidate": candidate.document()}
+    both = {"reference": reference.document(), "candidate": candidate.document()}
     body = {
         "schema": SCHEMA,
         "kind": KIND,
         "reelrt": __version__,
-        **sides,
+        **both,
         "settings": dict(settings),
         "machine": dict(machine),
-        "runs": [run.document(sides["candidate"]["backend"]) for run in runs],
+        "runs": [run.document(both["candidate"]["backend"]) for run in runs],
     }
     report = Report.from_json(body)
     verdict = {
@@ -278,7 +292,7 @@ def _write(
         InputError: A file cannot be written.
     """
     light, dark = (plots.plots(document, theme) for theme in plots.THEMES)
-    sheets = {f"quality-{run.steps}.png": _sheet(run.worst_first[:SHEET_PAIRS]) for run in runs}
+    sheets = {f"quality-{run.steps}.png": _sheet(document, run) for run in runs}
     texts = {
         QUALITY: json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "quality.html": page.render(document, light, dark, sheets),
@@ -299,15 +313,19 @@ def _write(
     return [*paths, attached] if attached else paths
 
 
-def _sheet(shown: Sequence[Pair]) -> bytes:
-    """A contact sheet as PNG: the reference's frames above the candidate's."""
+def _sheet(document: Mapping[str, Any], run: Run) -> bytes:
+    """A contact sheet as PNG: the reference's frames above the candidate's, the least alike first."""
     rows = []
-    for pair in shown:
+    for pair in run.worst_first[:SHEET_PAIRS]:
         count, _, width, _ = pair.frames.shape
         gap = np.full((count, SHEET_GAP, width, 3), PAPER, np.uint8)
         frames = np.concatenate([pair.frames, gap, pair.other], axis=1)
         caption = f"SSIM {pair.figures['ssim']:.5f}, seed {pair.asked.seed}: {pair.asked.prompt}"
         rows.append(Row(frames, caption, [f"lost {name}" for name in pair.lost]))
     file = io.BytesIO()
-    contact_sheet(rows).save(file, format="PNG")
+    above, below = (
+        f"{document[side]['folder']} ({document[side]['precision']})" for side in ("reference", "candidate")
+    )
+    title = f"{run.steps} steps, the least alike first; above: {above}, below: {below}"
+    contact_sheet(rows, title=title).save(file, format="PNG")
     return file.getvalue()

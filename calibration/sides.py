@@ -6,22 +6,22 @@ keeps the latents that each has after every denoising step. Knows no metric.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from reelrt.bundle.files import sha256
-from reelrt.bundle.manifest import MANIFEST, Bundle, kind_of
+from reelrt.bundle.files import sha256, verify
+from reelrt.bundle.manifest import MANIFEST, SCHEDULES, Bundle, EngineSet, kind_of
 from reelrt.bundle.report import coarsest
 from reelrt.bundle.schedule import Cfg, Schedule, first_passes
 from reelrt.errors import BackendError, InputError
 from reelrt.runtime.pipeline import TextToVideo
 from reelrt.runtime.request import Limits
 from reelrt.runtime.session import Array, Float32, Sessions, StepSession
-from reelrt.runtime.unbuilt import open_pipeline
+from reelrt.runtime.unbuilt import as_engines, open_pipeline
 from reelrt.runtime.video import Video
 
 GEOMETRY = ("latent_channels", "spatial_scale", "tokens", "text_width", "frames", "height", "width")
@@ -119,16 +119,6 @@ class Side:
         recorder.cfg = pipe.engines.pipeline.cfg
         return cls(folder, kind_of(folder), sha256(folder / MANIFEST), pipe, recorder)
 
-    @property
-    def precision(self) -> str:
-        """The coarsest of its stages."""
-        return coarsest(engine.precision for engine in self.pipe.engines.engines.values())
-
-    @property
-    def is_bundle(self) -> bool:
-        """Whether it is a bundle."""
-        return self.kind == Bundle.kind
-
     def generate(
         self, prompt: str, *, seed: int, steps: int, guidance: float, solver: str
     ) -> tuple[Video, list[Float32]]:
@@ -155,7 +145,7 @@ class Side:
             "model": engines.pipeline.model.name,
             "model_sha256": engines.pipeline.model.sha256,
             "licence": engines.pipeline.model.licence,
-            "precision": self.precision,
+            "precision": precision(engines),
             "precisions": {name: engine.precision for name, engine in engines.engines.items()},
             "weight_bytes": sum(engine.weight_bytes for engine in engines.engines.values()),
             "cfg": engines.pipeline.cfg,
@@ -164,11 +154,32 @@ class Side:
         }
 
 
-def check_alike(reference: Side, candidate: Side, solver: str, steps: list[int], guidance: float) -> None:
+def precision(engines: EngineSet) -> str:
+    """The coarsest of a side's stages."""
+    return coarsest(engine.precision for engine in engines.engines.values())
+
+
+def read(folder: Path) -> EngineSet:
+    """What a side is, from its manifest and schedules: nothing else is verified or opened.
+
+    Raises:
+        IntegrityError: Neither a bundle nor an engine set, or its schedules are damaged.
+    """
+    if kind_of(folder) == EngineSet.kind:
+        found = EngineSet.load(folder, check=False)
+    else:
+        found = as_engines(Bundle.load(folder, check=False))
+    verify(folder, {SCHEDULES: found.files.get(SCHEDULES, "")})
+    return found
+
+
+def check_alike(
+    reference: EngineSet, candidate: EngineSet, solver: str, steps: Sequence[int], guidance: float
+) -> None:
     """Refuse two sides whose videos could not be compared one by one.
 
     Args:
-        reference: One of them.
+        reference: One of them; see `read`.
         candidate: The other.
         solver: The sampler that both shall use.
         steps: Denoising steps that both shall take.
@@ -180,7 +191,7 @@ def check_alike(reference: Side, candidate: Side, solver: str, steps: list[int],
     """
     sides = (reference, candidate)
     names = " and ".join(str(side.folder) for side in sides)
-    ours, theirs = (side.pipe.engines.pipeline for side in sides)
+    ours, theirs = (side.pipeline for side in sides)
     if ours.model.sha256 != theirs.model.sha256:
         models = " and ".join(f"{each.model.name} ({each.model.sha256[:12]})" for each in (ours, theirs))
         raise InputError(
@@ -192,12 +203,12 @@ def check_alike(reference: Side, candidate: Side, solver: str, steps: list[int],
         if one != other:
             raise InputError(f"{names} differ in their {name.replace('_', ' ')}: {one} and {other}.")
     for side in sides:
-        limits = Limits(side.pipe.engines)
+        limits = Limits(side)
         limits.latent_shape(None, None)
         for count in steps:
             limits.table(solver, count, guidance)
     for count in steps:
-        one, other = (side.pipe.engines.schedules.get(solver, count) for side in sides)
+        one, other = (side.schedules.get(solver, count) for side in sides)
         if not _same_schedule(one, other):
             raise InputError(
                 f"{names} hold different schedules of {solver} at {count} steps.",

@@ -326,6 +326,14 @@ def test_missing_folders_are_named(place: Path, tmp_path: Path) -> None:
         evaluate_quality(tmp_path / "nowhere", place / "fp32", tmp_path / "out", **QUICK)
 
 
+@pytest.mark.parametrize("file", ["schedules.safetensors", "step.onnx.data"])
+def test_damaged_files_are_named(place: Path, tmp_path: Path, file: str) -> None:
+    damaged = copied(place / "fp32", tmp_path, "other")
+    (damaged / file).write_bytes(b"cut off")
+    with pytest.raises(IntegrityError, match=rf"{file} is damaged"):
+        evaluate_quality(place / "fp32", damaged, tmp_path / "out", **QUICK)
+
+
 def test_an_output_that_cannot_be_written_is_named_before_work(place: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write to .*file"):
