@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from reelrt import __version__
+from reelrt.bundle.report import KIND, PROMPTS, REFERENCE, SCHEMA, TARGETS, Report
 from reelrt.calibration.adherence import EVERYTHING, SCORED
 from reelrt.calibration.fidelity import paired_difference, spread
 from reelrt.calibration.pairs import Asked, Kept, Pair, measure_pair
@@ -144,6 +146,77 @@ def compare(
             progress(what, 2 * len(pairs), 2 * len(asked))
         runs.append(Run(count, pairs))
     return runs
+
+
+def summed_up(
+    reference: Side,
+    candidate: Side,
+    settings: Mapping[str, Any],
+    runs: Sequence[Run],
+    machine: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The whole report as plain JSON values.
+
+    Args:
+        reference: One side.
+        candidate: The other.
+        settings: How the videos were made; `prompts` is their number.
+        runs: One per number of steps, at least one.
+        machine: What it was measured on.
+    """
+    both = {"reference": reference.document(), "candidate": candidate.document()}
+    body = {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "reelrt": __version__,
+        **both,
+        "settings": dict(settings),
+        "machine": dict(machine),
+        "runs": [run.document(both["candidate"]["backend"]) for run in runs],
+    }
+    report = Report.from_json(body)
+    verdict = {
+        "passed": report.passed,
+        "notes": _notes(report, candidate),
+        "targets": [
+            {
+                "name": check.name,
+                "steps": check.steps,
+                "measured": check.measured,
+                "least": check.least,
+                "unit": check.unit,
+                "passed": check.passed,
+            }
+            for check in report.checks
+        ],
+    }
+    return {
+        **{name: value for name, value in body.items() if name != "runs"},
+        **verdict,
+        "runs": body["runs"],
+    }
+
+
+def _notes(report: Report, candidate: Side) -> list[str]:
+    """What a reader has to know before believing the verdict."""
+    engines, notes = candidate.pipe.engines, []
+    if engines.backend == "onnxruntime" and "fp16" in candidate.document()["precisions"].values():
+        notes.append(
+            "ONNX Runtime computes FP16 graphs in FP32 on a CPU: this shows what rounding the weights to "
+            "FP16 does, not what FP16 arithmetic on a GPU adds to it."
+        )
+    if report.precision not in TARGETS:
+        notes.append(f"There are no targets for {report.precision}.")
+    elif report.against != REFERENCE:
+        notes.append(
+            f"The targets are against an {REFERENCE.upper()} reference; this one is {report.against}, so "
+            "nothing was tested."
+        )
+    if report.prompts < PROMPTS:
+        notes.append(f"The targets are stated for {PROMPTS} prompts; this is {report.prompts}.")
+    if not report.figures[0].adherence:
+        notes.append("Adherence was not measured, so nothing was tested of it.")
+    return notes
 
 
 def _by_side(each: Sequence[Mapping[str, float]], middle: Any) -> dict[str, float]:

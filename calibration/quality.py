@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from reelrt import __version__
 from reelrt.bundle.files import atomic_files
 from reelrt.bundle.manifest import Bundle, EngineSet, kind_of
-from reelrt.bundle.report import KIND, PROMPTS, QUALITY, REFERENCE, SCHEMA, TARGETS, Report
+from reelrt.bundle.report import PROMPTS, QUALITY, REFERENCE, Report
 from reelrt.calibration import page, pairs, plots, sides
 from reelrt.calibration.adherence import MOST_PROMPTS, check_prompts
-from reelrt.calibration.comparison import Run, compare
+from reelrt.calibration.comparison import Run, compare, summed_up
 from reelrt.calibration.fidelity import LEAST_SIDE
 from reelrt.calibration.pairs import KEPT, Asked, Kept
 from reelrt.calibration.sheet import PAPER, Row, contact_sheet
@@ -154,7 +153,7 @@ def evaluate_quality(
         "height": geometry.height,
         "frames": geometry.frames,
     }
-    document = _document(one, other, settings, runs, machine or {})
+    document = summed_up(one, other, settings, runs, machine or {})
     files = _write(output, document, runs, attached)
     kept.forget(asked, counts)
     return Quality(document, Report.from_json(document), files)
@@ -218,69 +217,6 @@ def _judged(model: str, asked: Sequence[Asked], numbered: bool, wanted: bool | N
     if unread is not None:
         return False, f"the judge knows moving shapes only, and one prompt is {unread!r}"
     return True, ""
-
-
-def _document(
-    reference: Side,
-    candidate: Side,
-    settings: Mapping[str, Any],
-    runs: Sequence[Run],
-    machine: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The report as plain JSON values."""
-    both = {"reference": reference.document(), "candidate": candidate.document()}
-    body = {
-        "schema": SCHEMA,
-        "kind": KIND,
-        "reelrt": __version__,
-        **both,
-        "settings": dict(settings),
-        "machine": dict(machine),
-        "runs": [run.document(both["candidate"]["backend"]) for run in runs],
-    }
-    report = Report.from_json(body)
-    verdict = {
-        "passed": report.passed,
-        "notes": _notes(report, candidate),
-        "targets": [
-            {
-                "name": check.name,
-                "steps": check.steps,
-                "measured": check.measured,
-                "least": check.least,
-                "unit": check.unit,
-                "passed": check.passed,
-            }
-            for check in report.checks
-        ],
-    }
-    return {
-        **{name: value for name, value in body.items() if name != "runs"},
-        **verdict,
-        "runs": body["runs"],
-    }
-
-
-def _notes(report: Report, candidate: Side) -> list[str]:
-    """What a reader has to know before believing the verdict."""
-    engines, notes = candidate.pipe.engines, []
-    if engines.backend == "onnxruntime" and "fp16" in candidate.document()["precisions"].values():
-        notes.append(
-            "ONNX Runtime computes FP16 graphs in FP32 on a CPU: this shows what rounding the weights to "
-            "FP16 does, not what FP16 arithmetic on a GPU adds to it."
-        )
-    if report.precision not in TARGETS:
-        notes.append(f"There are no targets for {report.precision}.")
-    elif report.against != REFERENCE:
-        notes.append(
-            f"The targets are against an {REFERENCE.upper()} reference; this one is {report.against}, so "
-            "nothing was tested."
-        )
-    if report.prompts < PROMPTS:
-        notes.append(f"The targets are stated for {PROMPTS} prompts; this is {report.prompts}.")
-    if not report.figures[0].adherence:
-        notes.append("Adherence was not measured, so nothing was tested of it.")
-    return notes
 
 
 def _write(

@@ -107,5 +107,5 @@ def _check(bundle: Bundle, report: Report | None, precision: str) -> None:
         misses = "; ".join(map(str, report.missed))
         raise QualityError(
             f"{bundle.folder} misses what {precision} has to reach: {misses}.",
-            f"Calibrate it again with more of the network left in FP16. {WITHOUT}",
+            f"Calibrate it again with fewer layers in INT8. {WITHOUT}",
         )
