@@ -27,7 +27,7 @@ NVIDIA := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 DEVICE_EXTRA := $(if $(JETSON),tensorrt,$(if $(filter-out 0,$(NVIDIA))$(filter-out host,$(TARGET)),rtx))
 comma := ,
 RUN_EXTRAS := export$(if $(DEVICE_EXTRA),$(comma)$(DEVICE_EXTRA))
-TEST_EXTRAS := export,rtx,dev
+TEST_EXTRAS := export,calibration,rtx,dev
 # Processes that run tests beside each other; most tests keep one core busy.
 WORKERS ?= 2
 

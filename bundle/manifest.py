@@ -194,6 +194,8 @@ class EngineSet:
         target: The target's name: `host`, `rtx3060`, ...
         compute_capability: `8.6`, say; empty for a CPU.
         engines: Stage name to engine.
+        quality: What the bundle's quality report says of it; see `reelrt.bundle.report.Report.summary`.
+            Empty when there was none and none was needed.
         files: Path to hex SHA-256.
     """
 
@@ -207,6 +209,7 @@ class EngineSet:
     target: str
     compute_capability: str
     engines: Mapping[str, Engine]
+    quality: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     version: str = ""
 
@@ -228,6 +231,7 @@ class EngineSet:
             "backend_version": self.backend_version,
             "target": self.target,
             "compute_capability": self.compute_capability,
+            "quality": dict(self.quality),
         }
         _write(self, version, {**head, "pipeline": asdict(self.pipeline), "engines": engines})
 
@@ -260,6 +264,7 @@ class EngineSet:
                 target=data["target"],
                 compute_capability=data["compute_capability"],
                 engines=engines,
+                quality=data.get("quality", {}),
                 files=data["files"],
                 version=data["reelrt"],
             )

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reelrt import __version__
-from reelrt.bundle.files import atomic_folder, verify
+from reelrt.bundle.files import atomic_folder, sha256, verify
 from reelrt.bundle.manifest import MANIFEST, Bundle, Engine, EngineSet, Stage
+from reelrt.bundle.report import QUALITY
 from reelrt.bundle.spec import Profile
 from reelrt.engines import backends, memory, profiles, recipe
 from reelrt.engines.backends import Backend
+from reelrt.engines.gate import Passed, check_quality
 from reelrt.engines.worker import run_job
 from reelrt.errors import InputError, IntegrityError
 from reelrt.jetson.device import Device, detect
@@ -44,6 +46,7 @@ def build_engines(
     frames: int | None = None,
     batch: int | None = None,
     check_memory: bool = True,
+    quality_gate: bool = True,
     progress: Progress = silent,
 ) -> EngineSet:
     """Build the engines of a bundle for one device; what is built already is kept.
@@ -60,6 +63,7 @@ def build_engines(
         batch: Most videos at once. Default: 4 on a CPU, where it costs nothing; on a GPU 1, from
             8 GiB on 2, from 16 GiB on 4.
         check_memory: Whether to refuse, before building, what does not fit the memory of a GPU target.
+        quality_gate: Whether an INT8 bundle needs a quality report that it passes.
         progress: Told of one stage at a time.
 
     Returns:
@@ -68,13 +72,15 @@ def build_engines(
     Raises:
         InputError: An unknown name, or a target that cannot be built for here.
         RangeError: A size, frame count or batch the model cannot make.
-        IntegrityError: The bundle is damaged.
         PlanError: The target has too little memory; the message says what would fit.
+        IntegrityError: The bundle is damaged, or its quality report cannot be read.
+        QualityError: An INT8 bundle has no quality report, another bundle's, or one that it fails.
         BackendError: The backend is not installed, or fails.
     """
     device = detect()
     library, aim = backends.choose(backend, target, device)
     source = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    quality = check_quality(source, quality_gate)
     width, height, count = profiles.check_size(source.pipeline.geometry, size, frames)
     if batch is None:
         batch = CPU_BATCH if library.name == "onnxruntime" else profiles.default_batch(aim.memory_gib)
@@ -85,7 +91,7 @@ def build_engines(
     }
     previous = _previous(output)
     kept = {} if previous is None else _kept(previous, plan)
-    if previous is not None and len(kept) == len(plan) and _is_current(previous, source, aim, plan):
+    if previous is not None and len(kept) == len(plan) and _is_current(previous, source, aim, plan, quality):
         log.info("%s is up to date", output)
         return previous
     if check_memory and library.name != "onnxruntime" and aim.memory_gib:
@@ -99,7 +105,7 @@ def build_engines(
                 engines[name] = kept[name]
             else:
                 engines[name] = _build(source, planned, folder, progress)
-        _copy_shared(source, folder)
+        _copy_shared(source, folder, quality)
         built = EngineSet(
             folder=folder,
             bundle=source.sha256,
@@ -109,6 +115,7 @@ def build_engines(
             target=aim.name,
             compute_capability=aim.compute_capability,
             engines=engines,
+            quality=quality.summary,
         )
         built.save(__version__)
     return EngineSet.load(output, check=False)
@@ -234,7 +241,9 @@ def _kept(previous: EngineSet, plan: Mapping[str, Planned]) -> dict[str, Engine]
     return kept
 
 
-def _is_current(previous: EngineSet, bundle: Bundle, target: Target, plan: Mapping[str, Planned]) -> bool:
+def _is_current(
+    previous: EngineSet, bundle: Bundle, target: Target, plan: Mapping[str, Planned], quality: Passed
+) -> bool:
     """Whether a set whose engines are all kept is also the same in everything else."""
     engine_files = {name for engine in previous.engines.values() for name in _files_of(previous, engine)}
     shared = {name: digest for name, digest in previous.files.items() if name not in engine_files}
@@ -242,6 +251,8 @@ def _is_current(previous: EngineSet, bundle: Bundle, target: Target, plan: Mappi
         previous.bundle != bundle.sha256
         or previous.target != target.name
         or set(previous.engines) != set(plan)
+        or previous.quality != quality.summary
+        or previous.files.get(QUALITY) != (sha256(bundle.folder / QUALITY) if quality.attached else None)
     ):
         return False
     try:
@@ -267,10 +278,10 @@ def _link(engines: EngineSet, engine: Engine, folder: Path) -> None:
             shutil.copy2(engines.folder / name, folder / name)
 
 
-def _copy_shared(bundle: Bundle, folder: Path) -> None:
-    """Schedules, tokenizer, model card, licence: all that is no stage's graph or weights."""
+def _copy_shared(bundle: Bundle, folder: Path, quality: Passed) -> None:
+    """Schedules, tokenizer, card, licence, quality report: all that is no stage's graph or weights."""
     graphs = {name for stage in bundle.stages.values() for name in _stage_files(bundle, stage)}
-    for name in bundle.files:
+    for name in [*bundle.files, *([QUALITY] if quality.attached else [])]:
         if name not in graphs:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.folder / name, folder / name)

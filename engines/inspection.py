@@ -13,6 +13,7 @@ from typing import Any
 
 from reelrt.bundle.files import verify
 from reelrt.bundle.manifest import SCHEDULES, Bundle, EngineSet, Pipeline, kind_of
+from reelrt.bundle.report import QUALITY, Report
 from reelrt.bundle.schedule import Schedules
 from reelrt.bundle.spec import Profile, StageSpec, TensorSpec
 from reelrt.errors import IntegrityError, RangeError
@@ -51,6 +52,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "sha256": bundle.sha256,
         **_common(folder, bundle.pipeline, bundle.files, bundle.version),
+        "quality": _quality(bundle),
         "stages": stages,
     }
 
@@ -81,8 +83,18 @@ def _engine_set(folder: Path) -> dict[str, Any]:
         "compute_capability": engines.compute_capability,
         **_common(folder, engines.pipeline, engines.files, engines.version),
         "largest": _largest(engines),
+        "quality": dict(engines.quality),
         "stages": stages,
     }
+
+
+def _quality(bundle: Bundle) -> dict[str, Any]:
+    """What the report beside a bundle says; empty when there is none that is about this bundle."""
+    try:
+        report = Report.load(bundle.folder / QUALITY)
+    except IntegrityError:
+        return {}
+    return report.summary() if report.belongs_to(bundle) else {}
 
 
 def _common(folder: Path, pipeline: Pipeline, files: Mapping[str, str], version: str) -> dict[str, Any]:

@@ -109,6 +109,13 @@ def build(
     memory_check: Annotated[
         bool, typer.Option(help="Refuse, before building, what does not fit the target's memory.")
     ] = True,
+    quality_gate: Annotated[
+        bool,
+        typer.Option(
+            "--quality-gate/--no-quality-gate",
+            help="Refuse an INT8 bundle without a quality report that it passes.",
+        ),
+    ] = True,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -128,6 +135,7 @@ def build(
             frames=frames,
             batch=batch,
             check_memory=memory_check,
+            quality_gate=quality_gate,
             progress=progress,
         )
     up_to_date = _manifest_time(output) == before
@@ -261,10 +269,25 @@ def _overview(found: Mapping[str, Any]) -> dict[str, Any]:
         "largest video" if largest else "video": picture,
         "guidance": f"{found['guidance']:g}, {found['cfg']}",
         "solvers": ", ".join(found["schedules"]),
+        **({"quality": _quality(found["quality"])} if found.get("quality") else {}),
         "total_bytes": found["total_bytes"],
         "stages": _stages(found),
         "tensors": tensors,
     }
+
+
+def _quality(found: Mapping[str, Any]) -> str:
+    """What is known of the quality of a bundle or an engine set, in a line."""
+    if "measured" in found:
+        return str(found["measured"])
+    verdict = {True: "every target reached", False: "a target missed"}
+    points = found["adherence_points"]
+    worst = f"adherence {min(points.values()):+.1f} points at worst" if points else "adherence not measured"
+    steps = " and ".join(map(str, found["steps"]))
+    return (
+        f"{verdict.get(found['passed'], 'no target tested')}: SSIM {found['ssim']:.5f}, {worst}, against "
+        f"{found['reference']} over {found['prompts']} prompts at {steps} steps"
+    )
 
 
 def _brief(made: Mapping[str, Any]) -> dict[str, Any]:

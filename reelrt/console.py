@@ -49,7 +49,7 @@ EXIT_CODES: tuple[tuple[int, str], ...] = (
     (5, "the engines were built for another device or backend version"),
     (6, "a backend is not installed, or failed"),
     (7, "the disk is full, or the system refused a file"),
-    (8, "an evaluation is below its minimum"),
+    (8, "an evaluation is below its minimum, or an INT8 bundle lacks a good quality report"),
     (9, "the plan does not fit the target's memory"),
     (130, "interrupted; nothing is left half-written"),
 )

@@ -86,6 +86,12 @@ class PlanError(ReelError):
     exit_code = 9
 
 
+class QualityError(ReelError):
+    """A quality report is missing, belongs to another bundle, or misses a target."""
+
+    exit_code = 8
+
+
 class Cancelled(ReelError):
     """The work was cancelled on request; nothing was left half-written."""
 
