@@ -49,6 +49,7 @@ EXIT_CODES: tuple[tuple[int, str], ...] = (
     (6, "a backend is not installed, or failed"),
     (7, "the disk is full, or the system refused a file"),
     (8, "an evaluation is below its minimum"),
+    (9, "a bundle cannot be calibrated"),
     (130, "interrupted; nothing is left half-written"),
 )
 INPUT_CODE, SYSTEM_CODE, BELOW_MINIMUM_CODE, INTERRUPTED_CODE = 2, 7, 8, 130

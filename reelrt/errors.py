@@ -80,6 +80,12 @@ class BackendError(ReelError):
     exit_code = 6
 
 
+class CalibrationError(ReelError):
+    """A bundle cannot be calibrated: numbers that are not finite, or an operator that cannot be quantised."""
+
+    exit_code = 9
+
+
 class Cancelled(ReelError):
     """The work was cancelled on request; nothing was left half-written."""
 
