@@ -139,7 +139,7 @@ def check_network(network: trt.INetworkDefinition, job: Job, typed: Mapping[str,
         runs = _PRECISIONS.get(layer.get_output(0).dtype.name, "")
         if typed.get(layer.name, runs) != runs:
             raise BackendError(
-                f"{layer.name} of {job.spec.name} is {typed[layer.name]}, but {job.backend} runs it in {runs}."
+                f"{layer.name} of {job.spec.name} is {typed[layer.name]}, but {job.backend} makes it {runs}."
             )
         in_full = runs == "fp32" and layer.type.name in _CONVOLUTIONS and job.precision != "fp32"
         if in_full and layer.name not in job.keep_fp32:
