@@ -26,6 +26,8 @@ DEVICE_EXTRA := $(if $(JETSON),tensorrt,$(if $(filter-out 0,$(NVIDIA))$(filter-o
 comma := ,
 RUN_EXTRAS := export$(if $(DEVICE_EXTRA),$(comma)$(DEVICE_EXTRA))
 TEST_EXTRAS := export,rtx,dev
+# Processes that run tests beside each other; most tests keep one core busy.
+WORKERS ?= 2
 
 CREATED := $(VENV)/.created
 RUN_READY := $(VENV)/.ready-$(subst $(comma),-,$(RUN_EXTRAS))
@@ -50,7 +52,7 @@ engines: $(RUN_READY) ## Engines: MODEL= TARGET=host|rtx3060|orin-agx|... PRECIS
 
 .PHONY: test
 test: lint ## Check the style and run every test that needs no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: test-gpu
 test-gpu: $(TEST_READY) ## Run the tests that need an NVIDIA GPU
