@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -155,7 +156,8 @@ def _modelopt(method: Method) -> Iterator[Callable[..., None]]:
     trt_utils.TRT_PYTHON_AVAILABLE = False
     bar, ort_patching.tqdm = ort_patching.tqdm, iter  # it would draw one for each sample
     try:
-        yield quantize
+        with redirect_stdout(StringIO()):  # ONNX Runtime's calibrator prints
+            yield quantize
     finally:
         module.CalibrationMethod, trt_utils.TRT_PYTHON_AVAILABLE = methods, tensorrt
         ort_patching.tqdm = bar

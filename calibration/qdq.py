@@ -85,7 +85,8 @@ def to_int8(values: npt.NDArray[Any], scale: npt.NDArray[Any], axis: int) -> npt
     """ONNX's QuantizeLinear with zero points of 0, the scale one number or one per slice of an axis."""
     if scale.ndim:
         scale = scale.reshape([-1 if index == axis else 1 for index in range(values.ndim)])
-    return np.clip(np.rint(values / scale), -128, 127).astype(np.int8)
+    rounded: npt.NDArray[np.int8] = np.clip(np.rint(values / scale), -128, 127).astype(np.int8)
+    return rounded
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:
@@ -123,12 +124,16 @@ def save(model: onnx.ModelProto, path: Path) -> int:
         location=f"{path.name}.data",
         size_threshold=1024,
     )
-    return sum(_bytes(tensor) for tensor in onnx.load(path, load_external_data=False).graph.initializer)
+    return weight_bytes(path)
 
 
-def _bytes(tensor: onnx.TensorProto) -> int:
+def weight_bytes(path: Path) -> int:
+    """Bytes of a graph's weights."""
+    import onnx
     from onnx import helper
 
-    return int(np.prod(tensor.dims)) * int(
-        np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
-    )
+    total = 0
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        itemsize = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
+        total += int(np.prod(tensor.dims)) * itemsize
+    return total

@@ -74,7 +74,7 @@ class Recorder:
         self._files = {name: bundle.folder / stage.file for name, stage in bundle.stages.items()}
         if graph is not None:
             self._files["step"] = graph
-        self._opened = {name: _open(path, threads) for name, path in self._files.items()}
+        self._opened = {name: open_graph(path, threads) for name, path in self._files.items()}
         self._limits = Limits(as_engines(bundle))
         self._text = TextEncoder(Tokenizer(bundle.folder / TOKENIZER, bundle.pipeline), self)
         self.started: Float32 = np.zeros((1, 1, 1, 1), np.float32)
@@ -202,7 +202,7 @@ class RowSession:
         return latents
 
 
-def _open(path: Path, threads: int) -> Any:
+def open_graph(path: Path, threads: int = 0) -> Any:
     """ONNX Runtime on a graph, its threads asleep while they wait: nobody measures time here.
 
     Raises:
