@@ -176,6 +176,9 @@ def _brief(report: Mapping[str, Any]) -> dict[str, Any]:
     if "final_latents" in report:
         brief["error of the final latents"] = f"{report['final_latents']['relative_error']:.2%}"
     for name, found in report.get("other_stages", {}).items():
+        if found["error"] is None:
+            brief[name.replace("_", " ")] = f"FP32: {found['why']}"
+            continue
         verdict = "INT8" if found["used"] else "FP32: INT8 does not hold"
         brief[name.replace("_", " ")] = (
             f"{verdict}, {found['measured']} {found['error']:.2%}, allowed {found['allowed']:.0%}"
