@@ -266,8 +266,8 @@ def _other(
             progress=progress,
             what=name,
         )
-    except CalibrationError as error:
-        return {"used": False, "measured": what, "error": None, "allowed": allowed, "why": str(error)}, None
+    except CalibrationError as failure:
+        return {"used": False, "measured": what, "error": None, "allowed": allowed, "why": str(failure)}, None
     qdq.fold_weights(model)
     target = folder / f"{name}.candidate.onnx"
     weight_bytes = qdq.save(model, target)
