@@ -88,14 +88,16 @@ class Stage:
     Attributes:
         spec: Its boundary.
         file: ONNX file, relative to the bundle; external data stand beside it.
-        precision: `fp32` or `fp16`: the type of its weights.
+        precision: `fp32`, `fp16` or `int8`: the type of its weights.
         weight_bytes: Size of its weights.
+        keep_fp32: Layers that stay FP32 in an engine of less precision, as the FP16 audit found.
     """
 
     spec: StageSpec
     file: str
     precision: str
     weight_bytes: int
+    keep_fp32: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,8 @@ class Engine:
         activation_bytes: As the builder reports it, at the profile's largest sizes; 0 when the
             backend does not say before it runs.
         build_seconds: How long the build took.
+        layers: Layer class to precision to `count` and `weight_bytes`, as the built graph's types say;
+            empty in engine sets of older versions.
     """
 
     spec: StageSpec
@@ -124,6 +128,7 @@ class Engine:
     weight_bytes: int
     activation_bytes: int
     build_seconds: float
+    layers: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,7 @@ class Bundle:
                 "file": stage.file,
                 "precision": stage.precision,
                 "weight_bytes": stage.weight_bytes,
+                **({"keep_fp32": list(stage.keep_fp32)} if stage.keep_fp32 else {}),
             }
             for name, stage in self.stages.items()
         }
@@ -175,7 +181,13 @@ class Bundle:
         with _complete(folder):
             data = _read(cls, folder, "stages", check)
             stages = {
-                name: Stage(**{**stage, "spec": StageSpec.from_json(stage["spec"])})
+                name: Stage(
+                    **{
+                        **stage,
+                        "spec": StageSpec.from_json(stage["spec"]),
+                        "keep_fp32": tuple(stage.get("keep_fp32", ())),
+                    }
+                )
                 for name, stage in data["stages"].items()
             }
             return cls(folder, Pipeline.from_json(data["pipeline"]), stages, data["files"], data["reelrt"])

@@ -31,7 +31,7 @@ from reelrt.progress import Progress, silent
 
 log = logging.getLogger("reelrt")
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
 CPU_BATCH = 4
 
 
@@ -56,7 +56,8 @@ def build_engines(
         output: The engine set to write. An engine of it with the same cache key is kept.
         backend: `onnxruntime`, `tensorrt_rtx`, `tensorrt`, or `auto` for what suits the target.
         target: A name of `reelrt.jetson.targets`, or `host` for this machine.
-        precision: `fp32` or `fp16`. Default: the bundle's for ONNX Runtime, else `fp16`.
+        precision: `fp32`, `fp16`, or `int8` for a bundle with INT8 stages, whose others take the
+            default. Default: the bundle's for ONNX Runtime and INT8 stages, else `fp16`.
         size: (width, height) in pixels: the largest video, which engines are tuned for. Smaller
             ones are accepted too. Default: the model's own.
         frames: Most frames. Default: the model's own.
@@ -84,6 +85,8 @@ def build_engines(
     width, height, count = profiles.check_size(source.pipeline.geometry, size, frames)
     if batch is None:
         batch = CPU_BATCH if library.name == "onnxruntime" else profiles.default_batch(aim.memory_gib)
+    if precision == "int8":
+        _check_int8(source)
     ranges = profiles.profiles(source.pipeline.geometry, width, height, count, batch)
     plan = {
         name: _planned(source, stage, ranges[name], precision, library, aim, device)
@@ -130,6 +133,7 @@ class Planned:
     precision: str
     profile: Profile
     compute_capability: str
+    keep_fp32: tuple[str, ...]
     fields: Mapping[str, str]
 
     @property
@@ -153,21 +157,26 @@ def _planned(
         InputError: Not a precision, or one that the bundle's weights no longer have.
         BackendError: The backend is not installed.
     """
-    wanted = precision or backend.precision or stage.precision
+    asked = None if precision == "int8" else precision
+    wanted = asked or ("int8" if stage.precision == "int8" else backend.precision or stage.precision)
     if wanted not in PRECISIONS:
         raise InputError(f"precision {wanted!r} is not known.", f"Choose one of {', '.join(PRECISIONS)}.")
     if PRECISIONS.index(wanted) < PRECISIONS.index(stage.precision):
         raise InputError(
             f"{bundle.folder} holds {stage.precision} weights, and {wanted} cannot be made of them.",
-            f"Export the model again with `--precision {wanted}`.",
+            f"Export the model again with `--precision {wanted}`."
+            if stage.precision == "fp16"
+            else "Build from the bundle that was calibrated, or leave --precision out.",
         )
     graph, *weights = _stage_files(bundle, stage)
     on_cpu = backend.name == "onnxruntime"
+    kept = () if wanted == "fp32" or (on_cpu and wanted == stage.precision) else stage.keep_fp32
     fields = {
         "graph": bundle.files[graph],
         "weights": recipe.cache_key({name: bundle.files[name] for name in weights}) if weights else "",
         "profile": profiles.describe_profile(profile),
         "precision": wanted,
+        "fp32_layers": recipe.cache_key(dict.fromkeys(kept, "")) if kept else "",
         "backend": backend.name,
         "backend_version": backends.version(backend),
         "cuda": backends.cuda_version(backend, device),
@@ -175,7 +184,16 @@ def _planned(
         "cpu": f"{device.architecture} {' '.join(device.cpu_features)}" if on_cpu else "",
         "flags": backend.flags,
     }
-    return Planned(stage, backend, wanted, profile, target.compute_capability, fields)
+    return Planned(stage, backend, wanted, profile, target.compute_capability, kept, fields)
+
+
+def _check_int8(bundle: Bundle) -> None:
+    """Raise InputError unless there is an INT8 stage."""
+    if all(stage.precision != "int8" for stage in bundle.stages.values()):
+        raise InputError(
+            f"{bundle.folder} has no INT8 stage, and INT8 is not made by building.",
+            "Calibrate it first: `reelrt calibrate BUNDLE -o INT8_BUNDLE --precision int8`.",
+        )
 
 
 def _stage_files(bundle: Bundle, stage: Stage) -> list[str]:
@@ -195,6 +213,7 @@ def _build(bundle: Bundle, planned: Planned, folder: Path, progress: Progress) -
         precision=planned.precision,
         profile=planned.profile,
         compute_capability=planned.compute_capability,
+        keep_fp32=planned.keep_fp32,
     )
     began = time.monotonic()
     built = run_job(job, progress)
@@ -208,6 +227,7 @@ def _build(bundle: Bundle, planned: Planned, folder: Path, progress: Progress) -
         weight_bytes=built.weight_bytes,
         activation_bytes=built.activation_bytes,
         build_seconds=round(time.monotonic() - began, 2),
+        layers=built.layers,
     )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from reelrt.engines.profiles import input_shapes
 from reelrt.engines.recipe import Built, Job
+from reelrt.engines.verified import precisions
 from reelrt.errors import BackendError
 from reelrt.progress import Progress
 
@@ -40,7 +41,9 @@ HARMLESS: Mapping[str, str] = {
 _ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
 _WEIGHTS = re.compile(r"Total Weights Memory: (\d+)")
 _DTYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "int32": "INT32", "uint8": "UINT8"}
-_WEIGHTED_LAYERS = ("CONVOLUTION", "DECONVOLUTION")
+_CONVOLUTIONS = ("CONVOLUTION", "DECONVOLUTION")
+_MULTIPLIES = (*_CONVOLUTIONS, "MATRIX_MULTIPLY")
+_PRECISIONS = {"FLOAT": "fp32", "HALF": "fp16"}
 
 
 def build(job: Job, graph: Path, progress: Progress) -> Built:
@@ -74,7 +77,7 @@ def build(job: Job, graph: Path, progress: Progress) -> Built:
     typed = hasattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
     try:
         builder, network, parser = polygraphy.network_from_onnx_path(str(graph), strongly_typed=typed)
-        check_network(network, job)
+        check_network(network, job, precisions(graph))
         engine = polygraphy.engine_bytes_from_network(
             (builder, network, parser), config=_config(polygraphy, library, job, progress)
         )
@@ -109,12 +112,18 @@ def _config(polygraphy: Any, library: Any, job: Job, progress: Progress) -> Any:
     return CreateConfigRTX(compute_capabilities=[(major, minor)], **common)
 
 
-def check_network(network: trt.INetworkDefinition, job: Job) -> None:
-    """Compare a parsed network with the stage's spec and precision.
+def check_network(network: trt.INetworkDefinition, job: Job, typed: Mapping[str, str]) -> None:
+    """Compare a parsed network with the stage's spec, the job's precision and the graph's types.
+
+    Args:
+        network: What the parser made of the graph.
+        job: What is built.
+        typed: Layer name to `fp32` or `fp16`, as the graph says.
 
     Raises:
-        BackendError: An input or output is missing or of another type, or a convolution of an FP16
-            network runs in FP32.
+        BackendError: An input or output is missing or of another type, a convolution or matrix
+            multiplication has another type than in the graph, or a convolution of an FP16 or INT8
+            engine is FP32 that shall not be.
     """
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
@@ -123,12 +132,20 @@ def check_network(network: trt.INetworkDefinition, job: Job) -> None:
         wanted = {name: _DTYPES[spec.numpy_dtype(job.precision).name] for name, spec in specs.items()}
         if found != wanted:
             raise BackendError(f"{job.spec.name} has the {side}s {found}, where {wanted} are needed.")
-    if job.precision != "fp16":
-        return
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        if layer.type.name in _WEIGHTED_LAYERS and layer.get_output(0).dtype.name == "FLOAT":
-            raise BackendError(f"{job.spec.name} is FP16, but its layer {layer.name} runs in FP32.")
+        if layer.type.name not in _MULTIPLIES:
+            continue
+        runs = _PRECISIONS.get(layer.get_output(0).dtype.name, "")
+        if typed.get(layer.name, runs) != runs:
+            raise BackendError(
+                f"{layer.name} of {job.spec.name} is {typed[layer.name]}, but {job.backend} makes it {runs}."
+            )
+        in_full = runs == "fp32" and layer.type.name in _CONVOLUTIONS and job.precision != "fp32"
+        if in_full and layer.name not in job.keep_fp32:
+            raise BackendError(
+                f"{job.spec.name} is {job.precision.upper()}, but its layer {layer.name} runs in FP32."
+            )
 
 
 def _recorder(library: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from reelrt import __version__
+from reelrt.calibrate import calibrate
 from reelrt.console import (
     EPILOG,
     Debug,
@@ -38,6 +39,7 @@ app.add_typer(evaluate)
 app.command(epilog=EPILOG)(plan)
 
 Precision = Literal["fp32", "fp16"]
+EnginePrecision = Literal["fp32", "fp16", "int8", "int8-weights"]
 Cfg = Literal["split", "batched"]
 Backend = Literal["auto", "onnxruntime", "tensorrt_rtx", "tensorrt"]
 
@@ -86,6 +88,9 @@ def export(
     show(made if as_json else _brief(made), as_json)
 
 
+app.command(epilog=EPILOG)(calibrate)
+
+
 @app.command(epilog=EPILOG)
 @command
 def build(
@@ -96,7 +101,8 @@ def build(
         str, typer.Option(help="host, rtx3060, rtx4060, orin-agx, orin-nano, or sm86 and the like.")
     ] = "host",
     precision: Annotated[
-        Precision | None, typer.Option(help="Type of the weights.", show_default="what suits the backend")
+        EnginePrecision | None,
+        typer.Option(help="Type of the weights.", show_default="the bundle's, or what suits the backend"),
     ] = None,
     size: Annotated[
         str | None,

@@ -51,6 +51,7 @@ EXIT_CODES: tuple[tuple[int, str], ...] = (
     (7, "the disk is full, or the system refused a file"),
     (8, "an evaluation is below its minimum, or an INT8 bundle lacks a good quality report"),
     (9, "the plan does not fit the target's memory"),
+    (10, "a bundle cannot be calibrated"),
     (130, "interrupted; nothing is left half-written"),
 )
 INPUT_CODE, SYSTEM_CODE, BELOW_MINIMUM_CODE, INTERRUPTED_CODE = 2, 7, 8, 130

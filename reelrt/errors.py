@@ -86,6 +86,12 @@ class PlanError(ReelError):
     exit_code = 9
 
 
+class CalibrationError(ReelError):
+    """A bundle cannot be calibrated: numbers that are not finite, or an operator that cannot be quantised."""
+
+    exit_code = 10
+
+
 class QualityError(ReelError):
     """A quality report is missing, belongs to another bundle, or misses a target."""
 
