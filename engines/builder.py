@@ -121,6 +121,7 @@ class Planned:
     profile: Profile
     compute_capability: str
     keep_fp32: tuple[str, ...]
+    inspect: bool
     fields: Mapping[str, str]
 
     @property
@@ -171,7 +172,9 @@ def _planned(
         "cpu": f"{device.architecture} {' '.join(device.cpu_features)}" if on_cpu else "",
         "flags": backend.flags,
     }
-    return Planned(stage, backend, wanted, profile, target.compute_capability, kept, fields)
+    gpu = device.gpu.compute_capability if device.gpu else ""
+    inspect = bool(gpu) and gpu == target.compute_capability
+    return Planned(stage, backend, wanted, profile, target.compute_capability, kept, inspect, fields)
 
 
 def _check_int8(bundle: Bundle) -> None:
@@ -201,6 +204,7 @@ def _build(bundle: Bundle, planned: Planned, folder: Path, progress: Progress) -
         profile=planned.profile,
         compute_capability=planned.compute_capability,
         keep_fp32=planned.keep_fp32,
+        inspect=planned.inspect,
     )
     began = time.monotonic()
     built = run_job(job, progress)
@@ -215,6 +219,7 @@ def _build(bundle: Bundle, planned: Planned, folder: Path, progress: Progress) -
         activation_bytes=built.activation_bytes,
         build_seconds=round(time.monotonic() - began, 2),
         layers=built.layers,
+        inspected=built.inspected,
     )
 
 

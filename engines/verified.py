@@ -106,13 +106,16 @@ def precisions(path: Path) -> dict[str, str]:
     return {name: kind for name, kind in kinds.items() if kind}
 
 
-def check(job: Job, found: Precision, reported: int) -> None:
+def check(
+    job: Job, found: Precision, reported: int, inspected: Mapping[str, Mapping[str, int]] | None = None
+) -> None:
     """Compare an engine with its name.
 
     Args:
         job: What was built.
         found: What the graph's types say.
         reported: Bytes of weights as the builder reports them; 0 when it does not.
+        inspected: Layer type to precision to number, as the engine inspector says; empty without a GPU.
 
     Raises:
         BackendError: The builder's bytes are not those of the graph's types, or an FP16 or INT8 engine
@@ -126,6 +129,11 @@ def check(job: Job, found: Precision, reported: int) -> None:
         )
     if job.precision == "fp32":
         return
+    seen = {precision for kinds in (inspected or {}).values() for precision in kinds}
+    if job.precision == "fp16" and "fp32" in seen and "fp16" not in seen:
+        raise BackendError(
+            f"{name} is called FP16, but the inspector finds only {sorted(seen)} in the engine."
+        )
     total = sum(found.elements.values())
     full = found.elements.get("fp32", 0) - found.kept
     if job.precision == "int8" and not _runs_in_int8(found, job.backend):

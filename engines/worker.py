@@ -192,7 +192,7 @@ def build(job: Job, progress: Progress) -> Built:
         builder: Builder = import_module(f"reelrt.engines.{module}").build
         built = builder(job, graph, progress)
         found = read(job.output if on_cpu else graph, fused=on_cpu, keep=job.keep_fp32)
-        check(job, found, 0 if on_cpu else built.weight_bytes)
+        check(job, found, 0 if on_cpu else built.weight_bytes, built.inspected)
         return replace(built, layers=found.layers)
 
 
