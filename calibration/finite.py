@@ -43,7 +43,7 @@ def first_not_finite(path: Path, inputs: Mapping[str, Array]) -> str:
             onnx.load_external_data_for_model(model, folder)
             for name, values in zip(part, session.run(part, dict(inputs)), strict=True):
                 if not np.isfinite(values).all():
-                    return makers[name]
+                    return str(makers[name])
     return "unknown"
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from reelrt.bundle.manifest import Bundle
+from reelrt.bundle.manifest import TOKENIZER, Bundle
 from reelrt.errors import BackendError, CalibrationError
-from reelrt.runtime.ort import open_engine
-from reelrt.runtime.pipeline import TextToVideo
+from reelrt.runtime.loop import Request, StepLoop
+from reelrt.runtime.request import Limits, plan
 from reelrt.runtime.session import Array, Float32
+from reelrt.runtime.text import TextEncoder, Tokenizer
 from reelrt.runtime.unbuilt import as_engines
 
 
@@ -73,13 +74,40 @@ class Recorder:
         self._files = {name: bundle.folder / stage.file for name, stage in bundle.stages.items()}
         if graph is not None:
             self._files["step"] = graph
-        self._opened = {name: open_engine(path, threads) for name, path in self._files.items()}
+        self._opened = {name: open_graph(path, threads) for name, path in self._files.items()}
+        self._limits = Limits(as_engines(bundle))
+        self._text = TextEncoder(Tokenizer(bundle.folder / TOKENIZER, bundle.pipeline), self)
         self.started: Float32 = np.zeros((1, 1, 1, 1), np.float32)
         self._listener: Listener | None = None
 
-    def pipeline(self) -> TextToVideo:
-        """The pipeline that runs on these sessions."""
-        return TextToVideo(as_engines(self._bundle), self)
+    def denoise(self, prompt: str, *, steps: int, guidance: float, seed: int) -> Float32:
+        """Take a prompt through the loop, at the model's own size and with its own solver.
+
+        Returns:
+            The final latents, float32 [C, F, h, w]; nothing is decoded.
+
+        Raises:
+            InputError: An empty prompt or an impossible number, as `TextToVideo.generate`.
+            CalibrationError: Numbers that are not finite.
+        """
+        (job,) = plan(
+            self._limits,
+            [prompt],
+            negative_prompt="",
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            frames=None,
+            size=None,
+            solver=None,
+            latents=None,
+        )
+        text = np.stack([self._text(words)[0] for words in ("", prompt)])
+        loop = StepLoop(self.open_step(job.shape))
+        slot = loop.admit(Request(job.table, text, job.latents))
+        while not slot.finished:
+            loop.step()
+        return loop.latents(slot)
 
     @contextmanager
     def listen(self, listener: Listener) -> Iterator[None]:
@@ -172,3 +200,21 @@ class RowSession:
         assert row == 0
         latents: Float32 = self._state[0].copy()
         return latents
+
+
+def open_graph(path: Path, threads: int = 0) -> Any:
+    """ONNX Runtime on a graph, its threads asleep while they wait: nobody measures time here.
+
+    Raises:
+        BackendError: It cannot be opened.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base class
+        raise BackendError(f"ONNX Runtime cannot open {path}: {error}") from error

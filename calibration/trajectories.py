@@ -226,7 +226,6 @@ def record(
     progress("trajectories", len(prompts) - len(missing), len(prompts))
     if missing:
         recorder = Recorder(bundle)
-        pipe = recorder.pipeline()
         tokenizer = Tokenizer(bundle_folder / TOKENIZER, bundle.pipeline)
         for done, number in enumerate(missing, len(prompts) - len(missing) + 1):
             feeds: list[tuple[int, Feed]] = []
@@ -238,12 +237,12 @@ def record(
                     feeds.append((index, feed.copy()))
 
             with recorder.listen(keep):
-                video = pipe.generate(
+                latents = recorder.denoise(
                     prompts[number], steps=steps, guidance=settings.guidance, seed=seed + number
                 )
             ids = np.stack([tokenizer(text).ids for text in ("", prompts[number])])
             with atomic_files([_path(folder, number)]) as (path,):
-                path.write_bytes(_packed(feeds, ids, recorder.started, video.latents[0]))
+                path.write_bytes(_packed(feeds, ids, recorder.started, latents))
             progress("trajectories", done, len(prompts))
     return Trajectories(folder, settings)
 

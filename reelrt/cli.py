@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from reelrt import __version__
+from reelrt.calibrate import calibrate
 from reelrt.console import (
     EPILOG,
     Debug,
@@ -82,6 +83,9 @@ def export(
         return
     made = {**describe(output), "up_to_date": up_to_date, "seconds": time.monotonic() - began}
     show(made if as_json else _brief(made), as_json)
+
+
+app.command(epilog=EPILOG)(calibrate)
 
 
 @app.command(epilog=EPILOG)
