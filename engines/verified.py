@@ -84,8 +84,9 @@ def read(path: Path, *, fused: bool, keep: Collection[str] = ()) -> Precision:
         size = 0
         for kind, count, stored in weights.take(node):
             size += stored
-            elements[kind] = elements.get(kind, 0) + count
-            kept += count if kind == "fp32" and layer_name(node) in keep else 0
+            if count >= MIN_WEIGHT:
+                elements[kind] = elements.get(kind, 0) + count
+                kept += count if kind == "fp32" and layer_name(node) in keep else 0
         if not precision:
             continue
         entry = layers.setdefault(layer_class(node, named), {}).setdefault(

@@ -66,13 +66,15 @@ def run(path: Path, inputs) -> np.ndarray:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return session.run(None, dict(inputs))[0]
+    return np.asarray(session.run(None, dict(inputs))[0])
 
 
 def run_half(graph: ReferenceEvaluator, inputs) -> np.ndarray:
     """The first output of the step in FP16 arithmetic."""
     with np.errstate(all="ignore"):
-        return graph.run(None, {**inputs, "text": inputs["text"].astype(np.float16)})[0]
+        outputs = graph.run(None, {**inputs, "text": inputs["text"].astype(np.float16)})
+    assert isinstance(outputs, list)
+    return np.asarray(outputs[0])
 
 
 def few_frames(trajectories: Trajectories) -> list[dict[str, np.ndarray]]:
