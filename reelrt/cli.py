@@ -37,6 +37,7 @@ app = typer.Typer(
 app.add_typer(evaluate)
 
 Precision = Literal["fp32", "fp16"]
+EnginePrecision = Literal["fp32", "fp16", "int8"]
 Cfg = Literal["split", "batched"]
 Backend = Literal["auto", "onnxruntime", "tensorrt_rtx", "tensorrt"]
 
@@ -98,7 +99,8 @@ def build(
         str, typer.Option(help="host, rtx3060, rtx4060, orin-agx, orin-nano, or sm86 and the like.")
     ] = "host",
     precision: Annotated[
-        Precision | None, typer.Option(help="Type of the weights.", show_default="what suits the backend")
+        EnginePrecision | None,
+        typer.Option(help="Type of the weights.", show_default="what suits the backend"),
     ] = None,
     size: Annotated[
         str | None,
