@@ -27,6 +27,7 @@ from reelrt.engines.backends import installed
 from reelrt.engines.builder import build_engines
 from reelrt.engines.precision import convert
 from reelrt.errors import BackendError, CalibrationError, InputError
+from tests.commands import reelrt as run_reelrt
 
 pytestmark = pytest.mark.timeout(900)
 PROMPTS = ("a red circle moving right on a black background", "a blue square")
@@ -259,3 +260,23 @@ def test_ctrl_c_leaves_nothing(sick, trajectories, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         calibrate_fp16(sick, trajectories, tmp_path / "out", progress=interrupt)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_the_audit_and_inspect_shows_what_engines_run_in(work, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    options = ("--precision", "fp16", "--prompts", "prompts.txt", "--steps", "2", "--samples", "1", "--json")
+    done = run_reelrt("calibrate", str(work / "bundle"), "-o", "audited", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)["report"]
+    assert report["settings"]["error"] == 0.01
+    assert report["stages"]["step"]["layers"] > 300
+    assert report["stages"]["step"]["keep_fp32"] == []
+    assert 0 < report["stages"]["step"]["outputs"]["state_next"]["error"] < 0.05
+    for layer in report["stages"]["step"]["measured"]:
+        assert layer["largest"] > 0
+    shown = run_reelrt("inspect", str(work / "engines"), folder=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    assert ["step", "convolution", "fp32", "34"] in [line[:4] for line in lines]
+    found = json.loads(run_reelrt("inspect", str(work / "engines"), "--json", folder=tmp_path).stdout)
+    assert found["stages"]["step"]["layers"]["convolution"]["fp32"]["count"] == 34
