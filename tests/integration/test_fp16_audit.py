@@ -21,7 +21,8 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from reelrt.bundle.manifest import Bundle
-from reelrt.calibration.fp16 import REPORT, Feed, audit_stage, calibrate_fp16
+from reelrt.calibration.audit import Feed, audit_stage
+from reelrt.calibration.fp16 import REPORT, calibrate_fp16
 from reelrt.calibration.trajectories import Trajectories, record
 from reelrt.engines.backends import installed
 from reelrt.engines.builder import build_engines
