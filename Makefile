@@ -24,8 +24,10 @@ JETSON := $(wildcard /etc/nv_tegra_release)
 NVIDIA := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 DEVICE_EXTRA := $(if $(JETSON),tensorrt,$(if $(filter-out 0,$(NVIDIA))$(filter-out host,$(TARGET)),rtx))
 comma := ,
-RUN_EXTRAS := export$(if $(DEVICE_EXTRA),$(comma)$(DEVICE_EXTRA))
-TEST_EXTRAS := export,rtx,dev
+# What a bundle has to be calibrated for, of the precisions that engines can have.
+CALIBRATED := $(filter int8 int8-weights,$(PRECISION))
+RUN_EXTRAS := export$(if $(DEVICE_EXTRA),$(comma)$(DEVICE_EXTRA))$(if $(CALIBRATED),$(comma)calibration)
+TEST_EXTRAS := export,rtx,calibration,dev
 # Processes that run tests beside each other; most tests keep one core busy.
 WORKERS ?= 2
 
@@ -47,7 +49,7 @@ video: $(RUN_READY) ## A video: PROMPT="..." OUT=red.mp4 STEPS= SEED= MODEL= PRE
 		$(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") $(SIZES) -- "$$REELRT_PROMPT"
 
 .PHONY: engines
-engines: $(RUN_READY) ## Engines: MODEL= TARGET=host|rtx3060|orin-agx|... PRECISION=fp32|fp16 SIZE=WxH FRAMES= OUT=
+engines: $(RUN_READY) ## Engines: MODEL= TARGET=host|rtx3060|orin-agx|... PRECISION=fp32|fp16|int8 SIZE=WxH FRAMES= OUT=
 	@$(call make_engines,$(or $(OUT),build/engines$(if $(DEVICE_EXTRA),-$(TARGET))),$(TARGET),auto)
 
 .PHONY: test
@@ -67,12 +69,13 @@ lint: $(TEST_READY) ## ruff, mypy, and who may import whom
 
 .PHONY: clean
 clean: ## Remove what was built, but not the environment
-	rm -rf build/lib build/bdist.* build/bundle build/engines build/engines-* build/video.mp4 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf build/lib build/bdist.* build/bundle build/bundle-* build/engines build/engines-* build/video.mp4 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # $(1) the engine set's folder, $(2) target, $(3) backend. Both commands keep what is up to date.
 define make_engines
 $(BIN)/reelrt export "$(MODEL)" -o "$(BUNDLE)"; \
-$(BIN)/reelrt build "$(BUNDLE)" -o "$(1)" --target "$(2)" --backend "$(3)" \
+$(if $(CALIBRATED),$(BIN)/reelrt calibrate "$(BUNDLE)" -o "$(BUNDLE)-$(PRECISION)" --precision "$(PRECISION)";) \
+$(BIN)/reelrt build "$(BUNDLE)$(CALIBRATED:%=-%)" -o "$(1)" --target "$(2)" --backend "$(3)" \
 	$(if $(PRECISION),--precision "$(PRECISION)") $(SIZES)
 endef
 SIZES = $(if $(SIZE),--size "$(SIZE)") $(if $(FRAMES),--frames "$(FRAMES)")

@@ -34,7 +34,7 @@ from reelrt.calibration.sensitivity import (
     sweep,
 )
 from reelrt.calibration.trajectories import Trajectories, fingerprint
-from reelrt.errors import InputError
+from reelrt.errors import CalibrationError, InputError
 from reelrt.progress import Progress, silent
 from reelrt.runtime.session import Array
 
@@ -117,12 +117,18 @@ def calibrate_int8(
         method=method,
         progress=progress,
     )
+    done = qdq.quantised(model.graph)
+    declined = [layer.name for layer in layers if not set(layer.nodes) <= done]
+    candidates = [layer for layer in layers if layer.name not in declined]
     sensitivity = None
     if budget is not None:
         with TemporaryDirectory(prefix="reelrt-sweep-") as scratch:
             file = (work or Path(scratch)) / SWEEP
-            sensitivity = sweep(bundle, trajectories, model, layers, file, method=method, progress=progress)
-    reasons = _reasons(layers, bundle.pipeline.model.family, sensitivity, budget, keep)
+            sensitivity = sweep(
+                bundle, trajectories, model, candidates, file, method=method, progress=progress
+            )
+    reasons = dict.fromkeys(declined, "ModelOpt does not quantise it")
+    reasons |= _reasons(candidates, bundle.pipeline.model.family, sensitivity, budget, keep)
     with atomic_folder(output) as folder:
         _copy(bundle, folder)
         nodes = {node for layer in layers if layer.name not in reasons for node in layer.nodes}
@@ -248,23 +254,26 @@ def _other(
     count = len(trajectories.settings.prompts)
     fitted = range(0, count, 2)
     held_out = range(1, count, 2)
-    layers = find_layers(onnx.load(source, load_external_data=False).graph)
-    model = quantise(
-        source,
-        [node for layer in layers for node in layer.nodes],
-        lambda: _stage_feeds(trajectories, name, fitted),
-        sum(1 for _ in _stage_feeds(trajectories, name, fitted)),
-        method=method,
-        progress=progress,
-        what=name,
-    )
+    what, allowed = HOLDS[name]
+    nodes = [node.name for node in qdq.quantisable(onnx.load(source, load_external_data=False).graph)]
+    try:
+        model = quantise(
+            source,
+            nodes,
+            lambda: _stage_feeds(trajectories, name, fitted),
+            sum(1 for _ in _stage_feeds(trajectories, name, fitted)),
+            method=method,
+            progress=progress,
+            what=name,
+        )
+    except CalibrationError as failure:
+        return {"used": False, "measured": what, "error": None, "allowed": allowed, "why": str(failure)}, None
     qdq.fold_weights(model)
     target = folder / f"{name}.candidate.onnx"
     weight_bytes = qdq.save(model, target)
     error = _stage_error(source, target, stage, _stage_feeds(trajectories, name, held_out))
     for path in (target, target.with_name(f"{target.name}.data")):
         path.unlink(missing_ok=True)
-    what, allowed = HOLDS[name]
     used = error <= allowed
     found = {"measured": what, "error": error, "allowed": allowed, "prompts": len(held_out), "used": used}
     if not used:

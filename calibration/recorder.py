@@ -60,6 +60,8 @@ Listener = Callable[[Feed], None]
 class Recorder:
     """A bundle's stages, its step run one row at a time; see `reelrt.runtime.session.Sessions`.
 
+    A stage is opened when it is first run.
+
     Attributes:
         started: The starting latents of the last request, float32 [C, F, h, w].
 
@@ -74,7 +76,8 @@ class Recorder:
         self._files = {name: bundle.folder / stage.file for name, stage in bundle.stages.items()}
         if graph is not None:
             self._files["step"] = graph
-        self._opened = {name: open_graph(path, threads) for name, path in self._files.items()}
+        self._opened: dict[str, Any] = {}
+        self._threads = threads
         self._limits = Limits(as_engines(bundle))
         self._text = TextEncoder(Tokenizer(bundle.folder / TOKENIZER, bundle.pipeline), self)
         self.started: Float32 = np.zeros((1, 1, 1, 1), np.float32)
@@ -125,6 +128,8 @@ class Recorder:
             BackendError: The graph failed.
         """
         names = list(self._bundle.stages[stage].spec.outputs)
+        if stage not in self._opened:
+            self._opened[stage] = open_graph(self._files[stage], self._threads)
         try:
             outputs = self._opened[stage].run(names, dict(inputs))
         except Exception as error:  # ONNX Runtime's exceptions share no base class

@@ -30,7 +30,7 @@ from reelrt.runtime.session import Float32
 if TYPE_CHECKING:
     import onnx
 
-STEPS, PROMPTS = 8, 2
+STEPS, PROMPTS = 4, 1
 """Solver steps and prompts of a layer's measurement."""
 
 

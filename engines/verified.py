@@ -137,7 +137,7 @@ def check(
         )
     total = sum(found.elements.values())
     full = found.elements.get("fp32", 0) - found.kept
-    if job.precision == "int8" and not _runs_in_int8(found, job.backend):
+    if job.precision.startswith("int8") and not _runs_in_int8(found, job):
         raise BackendError(
             f"{name} is called INT8, but {job.backend} runs none of its layers in INT8: {_shares(found)}.",
             "Build with --precision fp32 from the uncalibrated bundle, which is faster here.",
@@ -152,10 +152,12 @@ def check(
         )
 
 
-def _runs_in_int8(found: Precision, backend: str) -> bool:
-    """Whether an INT8 engine has INT8 layers; TensorRT-RTX takes INT8 weights alone for one too."""
-    wanted = ("int8",) if backend == "onnxruntime" else ("int8", "int8_weights")
-    return any(precision in wanted for kind in _MULTIPLIES for precision in found.layers.get(kind, {}))
+def _runs_in_int8(found: Precision, job: Job) -> bool:
+    """Whether a quantised engine has INT8 layers; where INT8 weights are all that was asked for, those."""
+    # TensorRT-RTX's support matrix has INT8 for weights alone; it stores them so, whatever it multiplies in.
+    weights_will_do = job.precision == "int8-weights" or job.backend == "tensorrt_rtx"
+    wanted = ("int8", "int8_weights") if weights_will_do else ("int8",)
+    return any(precision in wanted for kind in WEIGHT_CLASSES for precision in found.layers.get(kind, {}))
 
 
 def _shares(found: Precision) -> str:

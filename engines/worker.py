@@ -178,7 +178,8 @@ def build(job: Job, progress: Progress) -> Built:
         graph = job.graph
         on_cpu = job.backend == "onnxruntime"
         # What is not quantised of an INT8 graph is FP32: right for a CPU, FP16 is faster on a GPU.
-        if job.precision != job.graph_precision or (job.precision == "int8" and not on_cpu):
+        remainder = job.precision.startswith("int8") and not on_cpu
+        if job.precision != job.graph_precision or remainder:
             graph = convert(
                 job.graph,
                 Path(scratch) / job.graph.name,

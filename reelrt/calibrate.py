@@ -185,6 +185,9 @@ def _brief(report: Mapping[str, Any]) -> dict[str, Any]:
         listed = f"FP32 for {'; '.join(kept[:3])}{more}" if kept else "FP16 throughout"
         brief[name.replace("_", " ")] = f"{found['layers']} layers measured, {listed}"
     for name, found in report.get("other_stages", {}).items():
+        if found["error"] is None:
+            brief[name.replace("_", " ")] = f"FP32: {found['why']}"
+            continue
         verdict = "INT8" if found["used"] else "FP32: INT8 does not hold"
         brief[name.replace("_", " ")] = (
             f"{verdict}, {found['measured']} {found['error']:.2%}, allowed {found['allowed']:.0%}"

@@ -37,7 +37,7 @@ app = typer.Typer(
 app.add_typer(evaluate)
 
 Precision = Literal["fp32", "fp16"]
-EnginePrecision = Literal["fp32", "fp16", "int8"]
+EnginePrecision = Literal["fp32", "fp16", "int8", "int8-weights"]
 Cfg = Literal["split", "batched"]
 Backend = Literal["auto", "onnxruntime", "tensorrt_rtx", "tensorrt"]
 
@@ -100,7 +100,7 @@ def build(
     ] = "host",
     precision: Annotated[
         EnginePrecision | None,
-        typer.Option(help="Type of the weights.", show_default="what suits the backend"),
+        typer.Option(help="Type of the weights.", show_default="the bundle's, or what suits the backend"),
     ] = None,
     size: Annotated[
         str | None,

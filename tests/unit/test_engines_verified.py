@@ -224,7 +224,7 @@ def test_fp16_on_a_cpu_is_told_to_be_fp32(bundle, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("precision", "match"), [("int8", "has no INT8 stage"), ("int4", "'int4' is not known")]
+    ("precision", "match"), [("int8", "has no int8 stage"), ("int4", "'int4' is not known")]
 )
 def test_a_precision_that_a_bundle_cannot_give_is_refused(bundle, tmp_path, precision, match):
     with pytest.raises(InputError, match=match):
