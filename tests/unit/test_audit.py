@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from reelrt.bundle.manifest import Bundle
 from reelrt.calibration.audit import Audit, Feed, audit_stage
 from reelrt.errors import CalibrationError
-from tests.graphs import tiny_bundle
+from tests.graphs import quantised, tiny_bundle
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +105,12 @@ def test_a_weight_that_is_no_number_is_an_error(bundle, tmp_path):
 def test_what_overflows_in_fp32_is_an_error_with_layer_and_prompt(bundle, tmp_path):
     with pytest.raises(CalibrationError, match=r"layer projected of .* not finite in FP32 .* 'prompt 0'"):
         audited(bundle, tmp_path, projection=lambda v: v * 1e29, embedding=lambda v: v * 1e15)
+
+
+def test_a_quantised_graph_is_audited_with_its_scales(bundle, tmp_path):
+    whole = quantised(bundle, tmp_path / "bundle", ["projection"], stage="text_encoder")
+    feeds = [Feed({"tokens": np.arange(8)[None]}, "a prompt")]
+    path, stage = whole.folder / "text_encoder.onnx", whole.stages["text_encoder"]
+    audit = audit_stage(path, stage, feeds, error=0.05)
+    assert audit.keep == ()
+    assert {"projection_dq", "positioned_dq"} <= {layer.name for layer in audit.layers}
