@@ -37,6 +37,7 @@ OLDEST = (10, 3)
 
 HARMLESS: Mapping[str, str] = {
     r"Make sure (input|output) \S+ has Int64 binding": "the runtime binds int64, as the spec says",
+    r"Converting conv (weight|activation) scales to fp32": "an INT8 convolution scales its sums in FP32",
 }
 """Pattern to reason: what the builder warns of that means nothing here. Told at debug level."""
 
