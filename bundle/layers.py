@@ -28,6 +28,7 @@ THROUGH = (
     "Squeeze",
 )
 """What may stand between a weight and the node that multiplies by it."""
+QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 FLOAT_INPUTS: Mapping[str, tuple[int, ...]] = {"Resize": (1, 2)}
 """Inputs that stay FP32 whatever the others are: a resize's region and scales."""
 
@@ -113,6 +114,12 @@ def network(graph: Any, spec: StageSpec, keep: Collection[str] = ()) -> set[int]
     for index in sorted(makes_weights, reverse=True):  # users come later in the order than makers
         if any(user not in found for name in graph.node[index].output for user in users.get(name, [])):
             found.discard(index)
+    # What quantises a product's input belongs to the product, also where the network begins.
+    for index in range(len(graph.node) - 1, -1, -1):
+        node = graph.node[index]
+        if node.op_type in QUANTIZERS and index not in makes_weights:
+            inside = all(user in found for name in node.output for user in users.get(name, []))
+            (found.add if inside and layer_name(node) not in keep else found.discard)(index)
     return found
 
 

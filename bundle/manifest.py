@@ -117,6 +117,8 @@ class Engine:
         build_seconds: How long the build took.
         layers: Layer class to precision to `count` and `weight_bytes`, as the built graph's types say;
             empty in engine sets of older versions.
+        inspected: Layer type to precision to number of layers, as TensorRT's engine inspector says of
+            the finished engine; empty where it was built without a GPU.
     """
 
     spec: StageSpec
@@ -129,6 +131,7 @@ class Engine:
     activation_bytes: int
     build_seconds: float
     layers: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
+    inspected: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ def calibrate_int8(
             )
     reasons = dict.fromkeys(declined, "ModelOpt does not quantise it")
     reasons |= _reasons(candidates, bundle.pipeline.model.family, sensitivity, budget, keep)
-    with atomic_folder(output) as folder:
+    with atomic_folder(output, Bundle.kind) as folder:
         _copy(bundle, folder)
         nodes = {node for layer in layers if layer.name not in reasons for node in layer.nodes}
         qdq.restrict(model, nodes)
@@ -180,7 +180,7 @@ def calibrate_weights(
     """
     _check(bundle, trajectories, output)
     stage = bundle.stages["step"]
-    with atomic_folder(output) as folder:
+    with atomic_folder(output, Bundle.kind) as folder:
         _copy(bundle, folder)
         for path in _files(bundle, stage):
             (folder / path).unlink(missing_ok=True)

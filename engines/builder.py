@@ -31,7 +31,9 @@ from reelrt.progress import Progress, silent
 
 log = logging.getLogger("reelrt")
 
-PRECISIONS = ("fp32", "fp16", "int8")
+QUANTISED = ("int8", "int8-weights")
+"""What a calibration makes; `int8-weights` multiplies in floating point."""
+PRECISIONS = ("fp32", "fp16", *QUANTISED)
 CPU_BATCH = 4
 
 
@@ -56,8 +58,9 @@ def build_engines(
         output: The engine set to write. An engine of it with the same cache key is kept.
         backend: `onnxruntime`, `tensorrt_rtx`, `tensorrt`, or `auto` for what suits the target.
         target: A name of `reelrt.jetson.targets`, or `host` for this machine.
-        precision: `fp32`, `fp16`, or `int8` for a bundle with INT8 stages, whose others take the
-            default. Default: the bundle's for ONNX Runtime and INT8 stages, else `fp16`.
+        precision: `fp32`, `fp16`, or `int8` or `int8-weights` for a bundle with such stages, whose
+            others take the default. Default: the bundle's for ONNX Runtime and for quantised stages,
+            else `fp16`.
         size: (width, height) in pixels: the largest video, which engines are tuned for. Smaller
             ones are accepted too. Default: the model's own.
         frames: Most frames. Default: the model's own.
@@ -85,8 +88,8 @@ def build_engines(
     width, height, count = profiles.check_size(source.pipeline.geometry, size, frames)
     if batch is None:
         batch = CPU_BATCH if library.name == "onnxruntime" else profiles.default_batch(aim.memory_gib)
-    if precision == "int8":
-        _check_int8(source)
+    if precision in QUANTISED:
+        _check_quantised(source, precision)
     ranges = profiles.profiles(source.pipeline.geometry, width, height, count, batch)
     plan = {
         name: _planned(source, stage, ranges[name], precision, library, aim, device)
@@ -134,6 +137,7 @@ class Planned:
     profile: Profile
     compute_capability: str
     keep_fp32: tuple[str, ...]
+    inspect: bool
     fields: Mapping[str, str]
 
     @property
@@ -157,8 +161,9 @@ def _planned(
         InputError: Not a precision, or one that the bundle's weights no longer have.
         BackendError: The backend is not installed.
     """
-    asked = None if precision == "int8" else precision
-    wanted = asked or ("int8" if stage.precision == "int8" else backend.precision or stage.precision)
+    asked = None if precision in QUANTISED else precision
+    own = stage.precision if stage.precision in QUANTISED else backend.precision
+    wanted = asked or own or stage.precision
     if wanted not in PRECISIONS:
         raise InputError(f"precision {wanted!r} is not known.", f"Choose one of {', '.join(PRECISIONS)}.")
     if PRECISIONS.index(wanted) < PRECISIONS.index(stage.precision):
@@ -184,15 +189,17 @@ def _planned(
         "cpu": f"{device.architecture} {' '.join(device.cpu_features)}" if on_cpu else "",
         "flags": backend.flags,
     }
-    return Planned(stage, backend, wanted, profile, target.compute_capability, kept, fields)
+    gpu = device.gpu.compute_capability if device.gpu else ""
+    inspect = bool(gpu) and gpu == target.compute_capability
+    return Planned(stage, backend, wanted, profile, target.compute_capability, kept, inspect, fields)
 
 
-def _check_int8(bundle: Bundle) -> None:
-    """Raise InputError unless there is an INT8 stage."""
-    if all(stage.precision != "int8" for stage in bundle.stages.values()):
+def _check_quantised(bundle: Bundle, precision: str) -> None:
+    """Raise InputError unless there is a stage of a precision."""
+    if all(stage.precision != precision for stage in bundle.stages.values()):
         raise InputError(
-            f"{bundle.folder} has no INT8 stage, and INT8 is not made by building.",
-            "Calibrate it first: `reelrt calibrate BUNDLE -o INT8_BUNDLE --precision int8`.",
+            f"{bundle.folder} has no {precision} stage, and building does not make one.",
+            f"Calibrate it first: `reelrt calibrate {bundle.folder} -o INT8_BUNDLE --precision {precision}`.",
         )
 
 
@@ -214,6 +221,7 @@ def _build(bundle: Bundle, planned: Planned, folder: Path, progress: Progress) -
         profile=planned.profile,
         compute_capability=planned.compute_capability,
         keep_fp32=planned.keep_fp32,
+        inspect=planned.inspect,
     )
     began = time.monotonic()
     built = run_job(job, progress)
@@ -228,6 +236,7 @@ def _build(bundle: Bundle, planned: Planned, folder: Path, progress: Progress) -
         activation_bytes=built.activation_bytes,
         build_seconds=round(time.monotonic() - began, 2),
         layers=built.layers,
+        inspected=built.inspected,
     )
 
 

@@ -43,6 +43,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
             "file": stage.file,
             "precision": stage.precision,
             "weight_bytes": stage.weight_bytes,
+            "keep_fp32": list(stage.keep_fp32),
             **_boundary(stage.spec, stage.precision),
         }
         for name, stage in bundle.stages.items()
@@ -66,6 +67,8 @@ def _engine_set(folder: Path) -> dict[str, Any]:
             "weight_bytes": engine.weight_bytes,
             "activation_bytes": engine.activation_bytes,
             "build_seconds": engine.build_seconds,
+            "layers": {name: dict(kinds) for name, kinds in engine.layers.items()},
+            "inspected": {name: dict(kinds) for name, kinds in engine.inspected.items()},
             **_boundary(engine.spec, engine.precision),
             "profile": {axis: asdict(extent) for axis, extent in engine.profile.items()},
             "key": engine.key,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from reelrt.bundle.layers import FLOAT_INPUTS, layer_name, network
+from reelrt.bundle.layers import FLOAT_INPUTS, QUANTIZERS, layer_name, network
 from reelrt.bundle.spec import StageSpec
 from reelrt.errors import BackendError
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 LARGEST = float(np.finfo(np.float16).max)
 INFINITE = 1e30
 """From here on a constant stands for infinity (a mask's -3.4e38): its FP16 counterpart is the largest."""
-QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _ALIGNMENT = 64
 
 

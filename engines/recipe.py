@@ -29,6 +29,7 @@ class Job:
         profile: The sizes it shall accept.
         compute_capability: `8.6`, say; empty for a CPU.
         keep_fp32: Layers that stay FP32 when the graph is converted.
+        inspect: Whether the GPU of this machine can open the engine, to be asked what is in it.
     """
 
     backend: str
@@ -40,6 +41,7 @@ class Job:
     profile: Profile
     compute_capability: str
     keep_fp32: tuple[str, ...] = ()
+    inspect: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A plain structure that `from_json` reads back."""
@@ -66,11 +68,14 @@ class Built:
         activation_bytes: Its activations at the profile's largest sizes; 0 when the backend does
             not say before it runs.
         layers: In which precision its layers run.
+        inspected: The same as the engine inspector says: layer type to precision to number; empty
+            where no GPU could open it.
     """
 
     weight_bytes: int
     activation_bytes: int = 0
     layers: Layers = field(default_factory=dict)
+    inspected: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def cache_key(fields: Mapping[str, str]) -> str:

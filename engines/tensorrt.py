@@ -11,9 +11,11 @@ import importlib
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reelrt.engines.inspector import inspect_engine
 from reelrt.engines.profiles import input_shapes
 from reelrt.engines.recipe import Built, Job
 from reelrt.engines.verified import precisions
@@ -35,6 +37,7 @@ OLDEST = (10, 3)
 
 HARMLESS: Mapping[str, str] = {
     r"Make sure (input|output) \S+ has Int64 binding": "the runtime binds int64, as the spec says",
+    r"Converting conv (weight|activation) scales to fp32": "an INT8 convolution scales its sums in FP32",
 }
 """Pattern to reason: what the builder warns of that means nothing here. Told at debug level."""
 
@@ -85,7 +88,7 @@ def build(job: Job, graph: Path, progress: Progress) -> Built:
         raise BackendError(f"{job.backend} cannot build {job.spec.name}: {recorder.reason(error)}") from error
     job.output.write_bytes(engine)
     built: Built = recorder.built()
-    return built
+    return replace(built, inspected=inspect_engine(library, recorder, engine)) if job.inspect else built
 
 
 def _check_version(library: Any, job: Job) -> None:
@@ -103,7 +106,11 @@ def _config(polygraphy: Any, library: Any, job: Job, progress: Progress) -> Any:
     profile = polygraphy.Profile()
     for name, (smallest, tuned, largest) in input_shapes(job.spec, job.profile).items():
         profile.add(name, min=smallest, opt=tuned, max=largest)
-    common = {"profiles": [profile], "progress_monitor": _monitor(library, progress)}
+    common = {
+        "profiles": [profile],
+        "progress_monitor": _monitor(library, progress),
+        "profiling_verbosity": library.ProfilingVerbosity.DETAILED,  # what the inspector tells from
+    }
     if job.backend == "tensorrt":
         return polygraphy.CreateConfig(**common)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX

@@ -84,8 +84,9 @@ def read(path: Path, *, fused: bool, keep: Collection[str] = ()) -> Precision:
         size = 0
         for kind, count, stored in weights.take(node):
             size += stored
-            elements[kind] = elements.get(kind, 0) + count
-            kept += count if kind == "fp32" and layer_name(node) in keep else 0
+            if count >= MIN_WEIGHT:
+                elements[kind] = elements.get(kind, 0) + count
+                kept += count if kind == "fp32" and layer_name(node) in keep else 0
         if not precision:
             continue
         entry = layers.setdefault(layer_class(node, named), {}).setdefault(
@@ -106,13 +107,16 @@ def precisions(path: Path) -> dict[str, str]:
     return {name: kind for name, kind in kinds.items() if kind}
 
 
-def check(job: Job, found: Precision, reported: int) -> None:
+def check(
+    job: Job, found: Precision, reported: int, inspected: Mapping[str, Mapping[str, int]] | None = None
+) -> None:
     """Compare an engine with its name.
 
     Args:
         job: What was built.
         found: What the graph's types say.
         reported: Bytes of weights as the builder reports them; 0 when it does not.
+        inspected: Layer type to precision to number, as the engine inspector says; empty without a GPU.
 
     Raises:
         BackendError: The builder's bytes are not those of the graph's types, or an FP16 or INT8 engine
@@ -126,9 +130,14 @@ def check(job: Job, found: Precision, reported: int) -> None:
         )
     if job.precision == "fp32":
         return
+    seen = {precision for kinds in (inspected or {}).values() for precision in kinds}
+    if job.precision == "fp16" and "fp32" in seen and "fp16" not in seen:
+        raise BackendError(
+            f"{name} is called FP16, but the inspector finds only {sorted(seen)} in the engine."
+        )
     total = sum(found.elements.values())
     full = found.elements.get("fp32", 0) - found.kept
-    if job.precision == "int8" and not _runs_in_int8(found, job.backend):
+    if job.precision.startswith("int8") and not _runs_in_int8(found, job):
         raise BackendError(
             f"{name} is called INT8, but {job.backend} runs none of its layers in INT8: {_shares(found)}.",
             "Build with --precision fp32 from the uncalibrated bundle, which is faster here.",
@@ -143,10 +152,12 @@ def check(job: Job, found: Precision, reported: int) -> None:
         )
 
 
-def _runs_in_int8(found: Precision, backend: str) -> bool:
-    """Whether an INT8 engine has INT8 layers; TensorRT-RTX takes INT8 weights alone for one too."""
-    wanted = ("int8",) if backend == "onnxruntime" else ("int8", "int8_weights")
-    return any(precision in wanted for kind in _MULTIPLIES for precision in found.layers.get(kind, {}))
+def _runs_in_int8(found: Precision, job: Job) -> bool:
+    """Whether a quantised engine has INT8 layers; where INT8 weights are all that was asked for, those."""
+    # TensorRT-RTX's support matrix has INT8 for weights alone; it stores them so, whatever it multiplies in.
+    weights_will_do = job.precision == "int8-weights" or job.backend == "tensorrt_rtx"
+    wanted = ("int8", "int8_weights") if weights_will_do else ("int8",)
+    return any(precision in wanted for kind in WEIGHT_CLASSES for precision in found.layers.get(kind, {}))
 
 
 def _shares(found: Precision) -> str:

@@ -178,7 +178,8 @@ def build(job: Job, progress: Progress) -> Built:
         graph = job.graph
         on_cpu = job.backend == "onnxruntime"
         # What is not quantised of an INT8 graph is FP32: right for a CPU, FP16 is faster on a GPU.
-        if job.precision != job.graph_precision or (job.precision == "int8" and not on_cpu):
+        remainder = job.precision.startswith("int8") and not on_cpu
+        if job.precision != job.graph_precision or remainder:
             graph = convert(
                 job.graph,
                 Path(scratch) / job.graph.name,
@@ -192,7 +193,7 @@ def build(job: Job, progress: Progress) -> Built:
         builder: Builder = import_module(f"reelrt.engines.{module}").build
         built = builder(job, graph, progress)
         found = read(job.output if on_cpu else graph, fused=on_cpu, keep=job.keep_fp32)
-        check(job, found, 0 if on_cpu else built.weight_bytes)
+        check(job, found, 0 if on_cpu else built.weight_bytes, built.inspected)
         return replace(built, layers=found.layers)
 
 

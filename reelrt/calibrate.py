@@ -44,6 +44,9 @@ def calibrate(
             show_default="the family's default layers",
         ),
     ] = None,
+    error: Annotated[
+        float, typer.Option(help="FP16: most that it may change in one layer's output, relative to it.")
+    ] = 0.01,
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Layers to keep in FP32 as well: a regular expression."),
@@ -73,6 +76,7 @@ def calibrate(
         "samples": samples,
         "steps": steps,
         "budget": budget,
+        "error": error,
         "keep": keep or [],
         "seed": seed,
     }
@@ -117,7 +121,7 @@ def _calibrate(
     if request["precision"] == "fp16":
         from reelrt.calibration.fp16 import calibrate_fp16
 
-        calibrate_fp16(bundle, trajectories, output, progress=progress)
+        calibrate_fp16(bundle, trajectories, output, error=request["error"], progress=progress)
         return _read(output)
     from reelrt.calibration.bundles import calibrate_int8
 
@@ -175,6 +179,11 @@ def _brief(report: Mapping[str, Any]) -> dict[str, Any]:
         brief["ranges"] = f"{report['method']}, {report['samples']} samples of {report['prompts']} prompts"
     if "final_latents" in report:
         brief["error of the final latents"] = f"{report['final_latents']['relative_error']:.2%}"
+    for name, found in report.get("stages", {}).items() if "settings" in report else ():
+        kept = [f"{layer['name']} ({', '.join(layer['reasons'])})" for layer in found["keep_fp32"]]
+        more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
+        listed = f"FP32 for {'; '.join(kept[:3])}{more}" if kept else "FP16 throughout"
+        brief[name.replace("_", " ")] = f"{found['layers']} layers measured, {listed}"
     for name, found in report.get("other_stages", {}).items():
         if found["error"] is None:
             brief[name.replace("_", " ")] = f"FP32: {found['why']}"

@@ -278,6 +278,7 @@ def _overview(found: Mapping[str, Any]) -> dict[str, Any]:
         **({"quality": _quality(found["quality"])} if found.get("quality") else {}),
         "total_bytes": found["total_bytes"],
         "stages": _stages(found),
+        **({"layers": rows} if (rows := _layers(found)) else {}),
         "tensors": tensors,
     }
 
@@ -307,10 +308,22 @@ def _stages(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Stage to what of its description is neither a mapping nor a key."""
     return {
         stage: {
-            name: value for name, value in entry.items() if not isinstance(value, Mapping) and name != "key"
+            name: len(value) if name == "keep_fp32" else value
+            for name, value in entry.items()
+            if not isinstance(value, Mapping) and name != "key" and (name != "keep_fp32" or value)
         }
         for stage, entry in found["stages"].items()
     }
+
+
+def _layers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """In which precision each class of layers runs, a row for each; empty for a bundle."""
+    return [
+        {"stage": stage, "class": kind, "precision": precision, **entry}
+        for stage, each in found["stages"].items()
+        for kind, precisions in each.get("layers", {}).items()
+        for precision, entry in precisions.items()
+    ]
 
 
 def _is_export(output: Path, model: Path, precision: str, cfg: str) -> bool:

@@ -97,6 +97,28 @@ def test_engine_set_there_and_back(engines):
     assert set(loaded.files) == {f"{name}.engine" for name in STAGES}
 
 
+def test_layers_that_stay_fp32_and_what_layers_run_in_are_kept(bundle, engines):
+    loaded = Bundle.load(bundle)
+    step = replace(loaded.stages["step"], keep_fp32=("node_1", "node_2"))
+    Bundle(bundle, PIPELINE, {**loaded.stages, "step": step}).save("0.1.0")
+    assert Bundle.load(bundle).stages == {**loaded.stages, "step": step}
+    layers = {"linear": {"fp16": {"count": 2, "weight_bytes": 64}}}
+    engine = replace(engines.engines["step"], layers=layers, inspected={"Gemm": {"fp16": 2}})
+    replace(engines, engines={"step": engine}).save("0.1.0")
+    assert EngineSet.load(engines.folder).engines == {"step": engine}
+
+
+def test_manifests_of_before_there_was_an_audit_still_load(bundle, engines):
+    assert "keep_fp32" not in (bundle / MANIFEST).read_text()
+    assert Bundle.load(bundle).stages["step"].keep_fp32 == ()
+    path = engines.folder / MANIFEST
+    data = json.loads(path.read_text())
+    for name in ("layers", "inspected"):
+        del data["engines"]["step"][name]
+    path.write_text(json.dumps(data))
+    assert EngineSet.load(engines.folder).engines["step"].layers == {}
+
+
 def test_bundle_hash_follows_its_files(bundle):
     before = Bundle.load(bundle).sha256
     (bundle / "step.onnx").write_bytes(b"another")
