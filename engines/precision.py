@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +65,7 @@ def convert(source: Path, target: Path, spec: StageSpec) -> Path:
     floats = _float_tensors(inferred.graph)
     region = _network(model.graph, spec)
     with target.with_name(f"{target.name}.data").open("wb") as data:
-        _rewrite(model.graph, region, floats, spec, _Weights(source.parent, data))
+        _rewrite(model.graph, region, floats, spec, Weights(source.parent, data))
     onnx.save(model, str(target))
     return target
 
@@ -126,22 +126,31 @@ def _reach(tensors: Iterable[str], step: object, graph: onnx.GraphProto, *, forw
     return found
 
 
-class _Weights:
-    """Reads FP32 weights wherever they are and appends their FP16 versions to one file."""
+class Weights:
+    """Reads weights wherever they are and appends what becomes of them to one file.
+
+    Args:
+        folder: Where the source graph's external data lies.
+        data: The file beside the new graph; the caller closes it.
+    """
 
     def __init__(self, folder: Path, data: BinaryIO) -> None:
         self._folder, self._data = folder, data
 
     def copy(self, tensor: onnx.TensorProto, half: bool) -> onnx.TensorProto:
         """A tensor, halved or as it is, that lies in the new file."""
-        from onnx import TensorProto
-
-        values = self._read(tensor)
+        values = self.read(tensor)
         if half:
-            values = _halved(values, tensor.name)
+            return self.write(tensor.name, _halved(values, tensor.name))
+        return self.write(tensor.name, values)
+
+    def write(self, name: str, values: npt.NDArray[Any]) -> onnx.TensorProto:
+        """A tensor of these values that lies in the new file."""
+        from onnx import TensorProto, helper
+
         new = TensorProto()
-        new.name, new.data_type = tensor.name, TensorProto.FLOAT16 if half else tensor.data_type
-        new.dims.extend(tensor.dims)
+        new.name, new.data_type = name, helper.np_dtype_to_tensor_dtype(values.dtype)
+        new.dims.extend(values.shape)
         if values.nbytes < 1024:
             new.raw_data = values.tobytes()
             return new
@@ -157,7 +166,8 @@ class _Weights:
         np.ascontiguousarray(values).tofile(self._data)
         return new
 
-    def _read(self, tensor: onnx.TensorProto) -> npt.NDArray[np.generic]:
+    def read(self, tensor: onnx.TensorProto) -> npt.NDArray[Any]:
+        """A tensor's values, mapped when they lie in a file."""
         from onnx import TensorProto, helper, numpy_helper
 
         if tensor.data_location != TensorProto.EXTERNAL:
@@ -177,7 +187,7 @@ def _halved(values: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.float1
 
 
 def _rewrite(
-    graph: onnx.GraphProto, network: set[int], floats: set[str], spec: StageSpec, weights: _Weights
+    graph: onnx.GraphProto, network: set[int], floats: set[str], spec: StageSpec, weights: Weights
 ) -> None:
     """Change the graph in place."""
     from onnx import TensorProto, helper
