@@ -25,7 +25,7 @@ NVIDIA := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 DEVICE_EXTRA := $(if $(JETSON),tensorrt,$(if $(filter-out 0,$(NVIDIA))$(filter-out host,$(TARGET)),rtx))
 comma := ,
 RUN_EXTRAS := export$(if $(DEVICE_EXTRA),$(comma)$(DEVICE_EXTRA))
-TEST_EXTRAS := export,rtx,dev
+TEST_EXTRAS := export,rtx,calibration,dev
 
 CREATED := $(VENV)/.created
 RUN_READY := $(VENV)/.ready-$(subst $(comma),-,$(RUN_EXTRAS))
@@ -36,7 +36,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help
 help: ## List what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 .PHONY: video
 video: $(RUN_READY) ## A video: PROMPT="..." OUT=red.mp4 STEPS= SEED= MODEL= PRECISION= SIZE= FRAMES=
@@ -62,6 +62,10 @@ lint: $(TEST_READY) ## ruff, mypy, and who may import whom
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+.PHONY: bench-memory
+bench-memory: $(TEST_READY) ## Peak GPU memory of an ms-1.7b-size model on an RTX 3060; no GPU needed, some 20 minutes
+	$(BIN)/python -m benchmarks.memory
 
 .PHONY: clean
 clean: ## Remove what was built, but not the environment
