@@ -75,11 +75,12 @@ def buffer_bytes(spec: StageSpec, profile: Profile) -> int:
     return total
 
 
-def export(folder: Path) -> None:
+def export(folder: Path, validate: bool) -> None:
     from reelrt.export.exporter import export_bundle
 
-    made = export_bundle(folder / "model", folder / "bundle", precision="fp16")
-    print(json.dumps({name: stage.weight_bytes for name, stage in made.stages.items()}))
+    made = export_bundle(folder / "model", folder / "bundle", precision="fp16", validate=validate)
+    weights = {name: stage.weight_bytes for name, stage in made.stages.items()}
+    print(json.dumps({"validated": validate, "weight_bytes": weights}))
 
 
 def quantize(folder: Path) -> None:
@@ -145,11 +146,11 @@ def stages(folder: Path, precision: str) -> dict[str, Record]:
     return built
 
 
-def measure(scale: float, folder: Path) -> Record:
+def measure(scale: float, folder: Path, validate: bool) -> Record:
     """Do what is not done yet, and put the figures together."""
     folder.mkdir(parents=True, exist_ok=True)
     once(folder, "model", "--write", scale)
-    exported = once(folder, "export", "--export")
+    exported = once(folder, "export", "--export", *([] if validate else ["--unvalidated"]))
     quantized = once(folder, "int8 weights", "--quantize")
     built = {precision: stages(folder, precision) for precision in PRECISIONS}
     peaks = {name: max(stage["peak_bytes"] for stage in each.values()) for name, each in built.items()}
@@ -251,6 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on every width, for a quick try")
     parser.add_argument("--fresh", action="store_true", help="do everything again")
+    parser.add_argument("--unvalidated", action="store_true", help="do not compare the export with the model")
     parser.add_argument("--write", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--export", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--quantize", action="store_true", help=argparse.SUPPRESS)
@@ -261,16 +263,17 @@ def main() -> None:
     if options.write is not None:
         write_model(options.folder / "model", options.write)
     elif options.export:
-        export(options.folder)
+        export(options.folder, not options.unvalidated)
     elif options.quantize:
         quantize(options.folder)
     elif options.build:
-        build(options.folder, *options.build, options.chunk)
+        precision, stage = options.build
+        build(options.folder, precision, stage, options.chunk)
     else:
         folder = WORK / f"scale-{options.scale:g}"
         if options.fresh:
             shutil.rmtree(folder, ignore_errors=True)
-        result = measure(options.scale, folder)
+        result = measure(options.scale, folder, not options.unvalidated)
         show(result)
         full = options.scale == 1
         plot(result, PLOT if full else folder / "memory.png")

@@ -2,7 +2,8 @@
 
 Each output channel of a weight gets a scale of its own, symmetric around zero; a DequantizeLinear
 makes the weight what it was before it is multiplied by. Activations keep their type, so nothing
-needs calibrating. Weights are converted one at a time from file to file. Knows no backend.
+needs calibrating. Small weights stay as they are. Weights are converted one at a time from file to
+file. Knows no backend.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ def quantize_weights(source: Path, target: Path, spec: StageSpec) -> Path:
         The target.
 
     Raises:
-        BackendError: onnx is not installed, the graph is not a flat one, has no weights to quantize,
-            or one that is not finite.
+        BackendError: onnx is not installed, the graph is not a flat one, or a weight is not finite.
     """
     try:
         import onnx
@@ -49,12 +49,10 @@ def quantize_weights(source: Path, target: Path, spec: StageSpec) -> Path:
     model = onnx.load(str(source), load_external_data=False)
     if model.functions or any(a.HasField("g") or a.graphs for n in model.graph.node for a in n.attribute):
         raise BackendError(
-            f"{source.name} has functions or branches, which the conversion to INT8 does not read.",
+            f"{spec.name} has functions or branches, which the conversion to INT8 does not read.",
             "Export the model again.",
         )
     axes = _channel_axes(model.graph)
-    if not axes:
-        raise BackendError(f"{spec.name} has no weight of {MIN_WEIGHT} or more elements to quantize.")
     with target.with_name(f"{target.name}.data").open("wb") as data:
         _rewrite(model.graph, axes, Weights(source.parent, data))
     onnx.save(model, str(target))
