@@ -200,7 +200,7 @@ def missed(result: Mapping[str, Any]) -> list[str]:
 
 def show(result: Mapping[str, Any]) -> None:
     """Print the goals, then what was measured."""
-    console = Console()
+    console = Console(width=110)
     goals = ", ".join(f"{name} {goal} GB" for name, goal in GOAL_GB.items())
     console.print(f"Goals for {WIDTH}×{HEIGHT}×{FRAMES} on compute capability {CAPABILITY}: {goals}")
     table = Table("", "stage", "weights, GB", "activations, GB", "buffers, GB", "peak, GB", "peak, GiB")
