@@ -42,7 +42,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help
 help: ## List what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 .PHONY: video
 video: $(RUN_READY) ## A video: PROMPT="..." OUT=red.mp4 STEPS= SEED= MODEL= PRECISION= SIZE= FRAMES=
@@ -68,6 +68,10 @@ lint: $(TEST_READY) ## ruff, mypy, and who may import whom
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+.PHONY: bench-memory
+bench-memory: $(TEST_READY) ## Peak GPU memory of an ms-1.7b-size model on an RTX 3060; no GPU needed, some 20 minutes
+	$(BIN)/python -m benchmarks.memory
 
 .PHONY: clean
 clean: ## Remove what was built, but not the environment

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -74,7 +74,7 @@ def convert(
         if tensor.dtype == "model" and boundary == "fp16"
     }
     with target.with_name(f"{target.name}.data").open("wb") as data:
-        _rewrite(model.graph, region, floats, halves, _Weights(source.parent, data))
+        _rewrite(model.graph, region, floats, halves, Weights(source.parent, data))
     onnx.save(model, str(target))
     return target
 
@@ -88,24 +88,33 @@ def _float_tensors(graph: onnx.GraphProto) -> set[str]:
     return names | {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
 
 
-class _Weights:
-    """Reads FP32 weights wherever they are and appends their FP16 versions to one file."""
+class Weights:
+    """Reads weights wherever they are and appends what becomes of them to one file.
+
+    Args:
+        folder: Where the source graph's external data lies.
+        data: The file beside the new graph; the caller closes it.
+    """
 
     def __init__(self, folder: Path, data: BinaryIO) -> None:
         self._folder, self._data = folder, data
 
     def copy(self, tensor: onnx.TensorProto, half: bool, is_scale: bool = False) -> onnx.TensorProto:
         """A tensor, halved or as it is, that lies in the new file."""
-        from onnx import TensorProto
-
-        values = self._read(tensor)
+        values = self.read(tensor)
         if half:
             values = _halved(values, tensor.name)
         if half and is_scale:  # a channel of zeros may have a scale that FP16 would make 0
             values = np.maximum(values, np.finfo(np.float16).smallest_subnormal)
+        return self.write(tensor.name, values)
+
+    def write(self, name: str, values: npt.NDArray[Any]) -> onnx.TensorProto:
+        """A tensor of these values that lies in the new file."""
+        from onnx import TensorProto, helper
+
         new = TensorProto()
-        new.name, new.data_type = tensor.name, TensorProto.FLOAT16 if half else tensor.data_type
-        new.dims.extend(tensor.dims)
+        new.name, new.data_type = name, helper.np_dtype_to_tensor_dtype(values.dtype)
+        new.dims.extend(values.shape)
         if values.nbytes < 1024:
             new.raw_data = values.tobytes()
             return new
@@ -121,7 +130,8 @@ class _Weights:
         np.ascontiguousarray(values).tofile(self._data)
         return new
 
-    def _read(self, tensor: onnx.TensorProto) -> npt.NDArray[np.generic]:
+    def read(self, tensor: onnx.TensorProto) -> npt.NDArray[Any]:
+        """A tensor's values, mapped when they lie in a file."""
         from onnx import TensorProto, helper, numpy_helper
 
         if tensor.data_location != TensorProto.EXTERNAL:
@@ -147,7 +157,7 @@ def _halved(values: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.float1
 
 
 def _rewrite(
-    graph: onnx.GraphProto, region: set[int], floats: set[str], halves: set[str], weights: _Weights
+    graph: onnx.GraphProto, region: set[int], floats: set[str], halves: set[str], weights: Weights
 ) -> None:
     """Change the graph in place: the region's nodes become FP16, and the inputs and outputs `halves`."""
     from onnx import TensorProto, helper
