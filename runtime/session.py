@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reelrt.bundle.manifest import EngineSet
-from reelrt.errors import BackendError, CompatibilityError
+from reelrt.errors import BackendError, CompatibilityError, InputError
 from reelrt.jetson.device import detect
 
 Array = npt.NDArray[Any]
@@ -77,23 +77,38 @@ class Sessions(Protocol):
         """Allocate the buffers of a step loop for latents of one shape (C, F, h, w)."""
 
 
-Opener = Callable[[EngineSet, int | None], Sessions]
+Opener = Callable[..., Sessions]
 
-BACKENDS = {"onnxruntime": "reelrt.runtime.ort"}
+BACKENDS = {
+    "onnxruntime": "reelrt.runtime.ort",
+    "tensorrt": "reelrt.runtime.trt",
+    "tensorrt_rtx": "reelrt.runtime.trt",
+}
 """Backend name to the module whose `open_sessions` opens its engine sets."""
 
 
-def open_sessions(engines: EngineSet, threads: int | None = None) -> Sessions:
+def open_sessions(
+    engines: EngineSet,
+    threads: int | None = None,
+    *,
+    stream: object = None,
+    residency: str | None = None,
+) -> Sessions:
     """Open every engine of a set with the backend it was built for.
 
     Args:
         engines: The engine set, verified.
         threads: CPU threads per engine; None leaves it to the backend.
+        stream: A CUDA stream of the caller's that a GPU backend shall use; see
+            `reelrt.runtime.cuda.stream_handle`.
+        residency: `all` engines in the GPU's memory, or `staged`, one at a time; None takes what
+            fits.
 
     Raises:
         BackendError: This version has no session for that backend, or the backend is not
             installed, or it cannot open an engine.
         CompatibilityError: The set was built for another version, GPU or machine.
+        InputError: A stream or residency for engines that run on the CPU.
     """
     _check_gpu(engines)
     if engines.backend not in BACKENDS:
@@ -103,6 +118,11 @@ def open_sessions(engines: EngineSet, threads: int | None = None) -> Sessions:
             "Build for this machine with `reelrt build BUNDLE -o ENGINES --backend onnxruntime`.",
         )
     opener: Opener = import_module(BACKENDS[engines.backend]).open_sessions
+    if engines.compute_capability:
+        return opener(engines, threads, stream=stream, residency=residency)
+    for name, value in (("stream", stream), ("residency", residency)):
+        if value is not None:
+            raise InputError(f"{name} {value!r} is for a GPU; {engines.folder} runs on the CPU.")
     return opener(engines, threads)
 
 

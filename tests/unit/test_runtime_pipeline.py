@@ -121,7 +121,8 @@ def make_engines(folder, **changes):
     specs = [text_encoder_spec(GEOMETRY), step_spec(GEOMETRY), vae_decoder_spec(GEOMETRY)]
     profile = {"batch": Range(1, 1, 3), "rows": Range(1, 20, 20), "frames": Range(2, 4, 8)}
     profile.update(height=Range(2, 4, 8), width=Range(2, 6, 12))
-    small = {"frames": Range(1, 3, 3), "height": Range(2, 4, 8), "width": Range(2, 6, 10)}
+    small = {"batch": Range(1, 1, 1), "frames": Range(1, 3, 3)}
+    small.update(height=Range(2, 4, 8), width=Range(2, 6, 10))
     profiles = {"text_encoder": {"batch": Range(1, 1, 1)}, "step": profile, "vae_decoder": small}
     engines = {}
     for spec in specs:
@@ -410,8 +411,12 @@ def test_engine_sets_that_cannot_run_here(tmp_path, monkeypatch):
             reelrt.load(set_for_rtx)
     gpu = Gpu("RTX 3060", "8.6", 2**33, "13.0")
     monkeypatch.setattr("reelrt.runtime.session.detect", lambda: replace(detect(), gpu=gpu))
-    with pytest.raises(BackendError, match=r"tensorrt_rtx engines for rtx3060.*onnxruntime"):
+    with pytest.raises((BackendError, CompatibilityError), match="built by TensorRT-RTX|cannot be loaded"):
         reelrt.load(set_for_rtx)
+    with pytest.raises(BackendError, match=r"teapot engines for host; this version of reelrt runs onnxr"):
+        reelrt.load(make("teapot", backend="teapot"))
+    with pytest.raises(InputError, match="stream 5 is for a GPU"):
+        reelrt.load(make("cpu"), stream=5)
     damaged = make("damaged")
     (damaged / "step.onnx").write_bytes((damaged / "step.onnx").read_bytes()[:-1])
     with pytest.raises(IntegrityError, match=r"step\.onnx is damaged"):
