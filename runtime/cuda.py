@@ -270,6 +270,14 @@ class Stream:
         """Wait until all its work is done."""
         self.device.call("cuStreamSynchronize", self.handle)
 
+    def settle(self) -> None:
+        """Wait before something is freed; what failed meanwhile was or will be told elsewhere."""
+        try:
+            with self.device.current():
+                self.wait()
+        except CudaError as error:
+            log.debug("%s", error)
+
     def record(self, event: Event) -> None:
         """Let an event stand for all the work up to here."""
         self.device.call("cuEventRecord", event.handle, self.handle)

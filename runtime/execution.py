@@ -48,8 +48,7 @@ class Scratch:
     def release(self) -> None:
         """Free the block, once nothing uses it any more."""
         if self._buffer is not None:
-            with self._device.current():
-                self._stream.wait()
+            self._stream.settle()
             self._buffer.close()
             self._buffer = None
         self.version += 1
@@ -77,13 +76,21 @@ class Execution:
     ) -> None:
         self._opened, self._scratch, self._version = opened, scratch, -1
         self._context: Any = opened.context()
+        try:
+            self._set(shapes, addresses)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
+        library = self._opened.library
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
-                raise opened.library.error(f"refuses the shape {shape} of {name}")
+                raise library.error(f"refuses the shape {shape} of {name}")
         self.need = int(self._context.update_device_memory_size_for_shapes())
         for name, address in addresses.items():
             if not self._context.set_tensor_address(name, address):
-                raise opened.library.error(f"refuses the address of {name}")
+                raise library.error(f"refuses the address of {name}")
 
     def prepare(self) -> None:
         """See that the scratch block is large enough and known to the context.

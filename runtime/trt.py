@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -19,7 +19,7 @@ import numpy as np
 
 from reelrt.bundle.manifest import Engine, EngineSet
 from reelrt.errors import DeviceMemoryError
-from reelrt.runtime.cuda import Buffer, Device, Pinned, Stream, mib, stream_handle
+from reelrt.runtime.cuda import Buffer, Device, Stream, mib, stream_handle
 from reelrt.runtime.execution import Execution, Scratch
 from reelrt.runtime.plan import MemoryPlan, choose_memory
 from reelrt.runtime.session import Array
@@ -151,8 +151,7 @@ class TrtSessions:
 
     def release(self) -> None:
         """Free everything on the device; whatever is asked for next is loaded again."""
-        with self.device.current():
-            self.stream.wait()
+        self.stream.settle()
         for step in self._steps:
             step.release()
         for stage in list(self._opened):
@@ -173,8 +172,8 @@ class TrtSessions:
         return self._opened[stage]
 
     def _close(self, stage: str) -> None:
+        self.stream.settle()
         with self.device.current():
-            self.stream.wait()
             self._opened[stage].save_cache()
             if stage == "step":
                 for step in self._steps:
@@ -222,23 +221,31 @@ class _Call:
             for name, tensor in {**spec.inputs, **spec.outputs}.items()
         }
         self._inputs, self._outputs, self._device = list(spec.inputs), list(spec.outputs), device
+        self._under_way = False
         self._host: dict[str, Array] = {}
         self._buffers: dict[str, Buffer] = {}
-        self._pinned: list[Pinned] = []
-        for name, (shape, dtype) in tensors.items():
-            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            self._pinned.append(device.pin(size))
-            self._host[name] = self._pinned[-1].array(shape, dtype)
-            self._buffers[name] = device.allocate(size)
-        self._execution = Execution(
-            opened,
-            {name: tensors[name][0] for name in self._inputs},
-            {name: buffer.pointer for name, buffer in self._buffers.items()},
-            sessions._scratch,  # noqa: SLF001 # one module, one owner
-        )
+        with ExitStack() as owned:  # what fails half-way keeps nothing
+            for name, (shape, dtype) in tensors.items():
+                size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+                pinned = device.pin(size)
+                owned.callback(pinned.close)
+                self._host[name] = pinned.array(shape, dtype)
+                self._buffers[name] = device.allocate(size)
+                owned.callback(self._buffers[name].close)
+            self._execution = Execution(
+                opened,
+                {name: tensors[name][0] for name in self._inputs},
+                {name: buffer.pointer for name, buffer in self._buffers.items()},
+                sessions._scratch,  # noqa: SLF001 # one module, one owner
+            )
+            owned.callback(self._execution.close)
+            self._owned = owned.pop_all()
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         with self._device.current():
+            if self._under_way:  # the last time failed, and nothing says how far it came
+                self._stream.wait()
+            self._under_way = True
             for name in self._inputs:
                 host = self._host[name]
                 host[...] = inputs[name]
@@ -248,10 +255,9 @@ class _Call:
                 host = self._host[name]
                 self._stream.download(host.ctypes.data, self._buffers[name].pointer, host.nbytes)
             self._stream.wait()
+            self._under_way = False
         return {name: self._host[name].copy() for name in self._outputs}
 
     def close(self) -> None:
         """Free the buffers; nothing may be under way."""
-        self._execution.close()
-        for memory in (*self._buffers.values(), *self._pinned):
-            memory.close()
+        self._owned.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from reelrt.bundle.manifest import Engine
 from reelrt.errors import BackendError, CudaError, InputError
-from reelrt.runtime.cuda import Buffer, Device, Event, Graph, Pinned, Stream
+from reelrt.runtime.cuda import Buffer, Device, Event, Graph, Stream
 from reelrt.runtime.device_array import DeviceArray, as_device_array, is_on_device
 from reelrt.runtime.execution import Execution, Scratch
 from reelrt.runtime.session import Array, Float32
@@ -63,8 +63,9 @@ class _Memory:
         }
         self.latents = (self.shapes["state"][2:], self.dtypes["state"])
         self.latent_bytes = int(np.prod(self.latents[0], dtype=np.int64)) * self.latents[1].itemsize
-        self._owned: list[Buffer | Pinned | Event] = []
+        self._owned = ExitStack()
         self.device: dict[str, Buffer] = {}
+        self.unsettled: set[int] = set()
         try:
             self._allocate(device, sizes["batch"])
         except BaseException:
@@ -75,26 +76,29 @@ class _Memory:
         twice = [f"{name}.{side}" for name in ("state", "step") for side in SIDES]
         for name in (*twice, "table", "text"):
             self.device[name] = device.allocate(capacity * self.rows[name.partition(".")[0]])
-            self._owned.append(self.device[name])
+            self._owned.callback(self.device[name].close)
         single = {name: (self.shapes[name][1:], self.dtypes[name]) for name in ("table", "text")}
         single["latents"] = self.latents
         self.host: list[dict[str, Array]] = [
             {name: self._pin(device, *each) for name, each in single.items()} for _ in range(capacity)
         ]
         self.result = self._pin(device, *self.latents)
-        self.uploaded = [Event(device) for _ in range(capacity)]
-        self.reached = [Event(device) for _ in SIDES]
-        self._owned += [*self.uploaded, *self.reached]
+        self.uploaded = [self._event(device) for _ in range(capacity)]
+        self.reached = [self._event(device) for _ in SIDES]
+
+    def _event(self, device: Device) -> Event:
+        event = Event(device)
+        self._owned.callback(event.close)
+        return event
 
     def _pin(self, device: Device, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         pinned = device.pin(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
-        self._owned.append(pinned)
+        self._owned.callback(pinned.close)
         return pinned.array(shape, dtype)
 
     def close(self) -> None:
         """Free everything; nothing may be under way."""
-        for each in self._owned:
-            each.close()
+        self._owned.close()
 
     def address(self, name: str, row: int) -> int:
         """Where a row of a buffer begins."""
@@ -156,7 +160,10 @@ class TrtStep:
         stream = self._gpu.stream
         with self._gpu.guarded(), self._gpu.device.current():
             memory = self._allocated()
+            if row in memory.unsettled:  # a write failed, and nothing says how far it came
+                stream.wait()
             memory.uploaded[row].wait()  # what was written before may still be on its way
+            memory.unsettled.add(row)
             host, side = memory.host[row], SIDES[self._side]
             host["table"][: len(table)] = table
             host["text"][...] = text
@@ -174,6 +181,7 @@ class TrtStep:
                 host["latents"][...] = latents
                 upload(state, host["latents"].ctypes.data, memory.latent_bytes)
             stream.record(memory.uploaded[row])
+            memory.unsettled.discard(row)
             for each in (0, 1):  # contexts are made now, so that a launch makes none
                 self._execution(row + 1, each).prepare()
 
