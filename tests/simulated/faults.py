@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class Tally:
     violations: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        plain = {name: getattr(self, name) for name in self.__slots__}
+        return {**plain, "faults": dict(self.faults), "ends": dict(self.ends)}
 
 
 class Stop:
