@@ -129,13 +129,18 @@ def open_sessions(
 def _check_gpu(engines: EngineSet) -> None:
     """Refuse engines of another compute capability before any library tries to open them."""
     wanted = engines.compute_capability
-    gpu = detect().gpu if wanted else None
-    if not wanted or (gpu is not None and gpu.compute_capability == wanted):
+    if not wanted:
         return
-    here = (
-        "has no NVIDIA GPU" if gpu is None else f"has {gpu.name}, compute capability {gpu.compute_capability}"
-    )
+    device = detect()
+    if device.gpu is None:
+        here = device.gpu_fault or "no NVIDIA GPU"
+    elif device.gpu.compute_capability == wanted:
+        return
+    else:
+        here = f"{device.gpu.name}, compute capability {device.gpu.compute_capability}"
     raise CompatibilityError(
-        f"{engines.folder} was built for {engines.target}, compute capability {wanted}; this machine {here}.",
-        "Build the engines for this machine: `reelrt build BUNDLE -o ENGINES`.",
+        f"{engines.folder} was built for {engines.target}, compute capability {wanted}; this machine has {here}.",
+        "`reelrt doctor` says what is wrong."
+        if device.gpu_fault
+        else "Build the engines for this machine: `reelrt build BUNDLE -o ENGINES`.",
     )

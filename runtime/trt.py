@@ -21,7 +21,7 @@ from reelrt.bundle.manifest import Engine, EngineSet
 from reelrt.errors import DeviceMemoryError
 from reelrt.runtime.cuda import Buffer, Device, Stream, mib, stream_handle
 from reelrt.runtime.execution import Execution, Scratch
-from reelrt.runtime.plan import MemoryPlan, choose_memory
+from reelrt.runtime.residency import MemoryPlan, choose_memory
 from reelrt.runtime.session import Array
 from reelrt.runtime.trt_library import OpenedEngine, load_library
 from reelrt.runtime.trt_step import Gpu, TrtStep

@@ -41,6 +41,8 @@ FEATURES: dict[str, str] = {
 }
 """What not every version has, and the name that shows it. Everything else is alike in all of them."""
 
+DRIVER_TOO_OLD = ("insufficient", "error: 35", "driver version")
+"""What the library says when the driver is older than its CUDA: cudaErrorInsufficientDriver is 35."""
 OUT_OF_MEMORY = ("outofmemory", "out of memory", "cudaerrormemoryallocation")
 
 
@@ -129,7 +131,9 @@ class Library:
         words = " ".join(" ".join(self.said).split()) or "it does not say why"
         if any(sign in words.lower().replace("_", "") for sign in OUT_OF_MEMORY):
             return DeviceMemoryError(f"{self.title} {what}: the GPU's memory is used up.", REMEDY_MEMORY)
-        return BackendError(f"{self.title} {what}: {words[:400]}.")
+        old = any(sign in words.lower() for sign in DRIVER_TOO_OLD)
+        remedy = "Update the NVIDIA driver; `reelrt doctor` says to which version." if old else ""
+        return BackendError(f"{self.title} {what}: {words[:400]}.", remedy)
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from reelrt.errors import BackendError, Cancelled, CompatibilityError, DeviceMem
 from reelrt.runtime.device_array import DeviceArray
 from reelrt.runtime.loop import Request, StepLoop
 from reelrt.runtime.noise import starting_noise
-from reelrt.runtime.plan import plan_memory
+from reelrt.runtime.residency import plan_memory
 from tests.simulated.driver import Status
 from tests.simulated.machine import Machine
 from tests.simulated.tensorrt import MISSING
@@ -381,6 +381,19 @@ def test_engines_that_do_not_open(machine, source, tmp_path, monkeypatch):
     monkeypatch.setattr(machine.module, "__version__", "1.3.0")
     with pytest.raises(BackendError, match=r"1\.3\.0 is too old; 1\.4"):
         reelrt.load(engines.folder, check=False)
+
+
+def test_a_driver_too_old_for_the_library(machine, source, tmp_path, monkeypatch):
+    engines = machine.engines(source, tmp_path / "engines")
+
+    class Runtime:
+        def __init__(self, logger):
+            logger.log(machine.module.Severity.ERROR, "CUDA initialization failure with error: 35")
+            raise TypeError("factory function returned nullptr")
+
+    monkeypatch.setattr(machine.module, "Runtime", Runtime)
+    with pytest.raises(BackendError, match="does not start: CUDA init.* 35. Update the NVIDIA driver"):
+        reelrt.load(engines.folder)
 
 
 def test_a_shape_the_engine_refuses_is_named(pipe):
