@@ -138,8 +138,9 @@ def _check_gpu(engines: EngineSet) -> None:
         return
     else:
         here = f"{device.gpu.name}, compute capability {device.gpu.compute_capability}"
+    built = f"{engines.folder} was built for {engines.target}, compute capability {wanted}"
     raise CompatibilityError(
-        f"{engines.folder} was built for {engines.target}, compute capability {wanted}; this machine has {here}.",
+        f"{built}; this machine has {here}.",
         "`reelrt doctor` says what is wrong."
         if device.gpu_fault
         else "Build the engines for this machine: `reelrt build BUNDLE -o ENGINES`.",

@@ -303,6 +303,7 @@ def simulated_library(driver: SimulatedDriver, name: str = "tensorrt_rtx 1.7.1")
 
     module: Any = ModuleType(backend)
     public: list[type] = [
+        Severity,
         ILogger,
         Runtime,
         ICudaEngine,
