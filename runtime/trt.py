@@ -8,6 +8,7 @@ Everything runs on one stream, in order. How the step engine is driven stands in
 from __future__ import annotations
 
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -57,8 +58,9 @@ def open_sessions(
         InputError: No stream, or no residency.
     """
     del threads
-    library = load_library(engines)
     device = Device(0 if stream is None else stream_handle(stream))
+    with device.current():
+        library = load_library(engines)
     free, _ = device.memory()
     plan = choose_memory(engines, free, residency)
     return TrtSessions(engines, library, device, Stream(device, stream), plan)
@@ -98,11 +100,11 @@ class TrtSessions:
     ) -> None:
         self.device, self.stream = device, stream
         self._engines, self._library, self._plan = engines, library, plan
-        self._scratch = Scratch(device, stream)
         self._opened: dict[str, OpenedEngine] = {}
         self._taken: dict[str, int] = {}
         self._calls: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], _Call] = OrderedDict()
         self._steps: WeakSet[TrtStep] = WeakSet()
+        self._scratch = Scratch(device, stream)
         self._told = False
         if plan.residency == "all":
             with self._guarded():
@@ -152,11 +154,17 @@ class TrtSessions:
     def release(self) -> None:
         """Free everything on the device; whatever is asked for next is loaded again."""
         self.stream.settle()
-        for step in self._steps:
-            step.release()
-        for stage in list(self._opened):
-            self._close(stage)
-        self._scratch.release()
+        with self.device.current():
+            for step in self._steps:
+                step.release()
+            for stage in list(self._opened):
+                self._close(stage)
+            self._scratch.release()
+
+    def __del__(self) -> None:
+        """Free what the library holds while the context is current, which no collector sees to."""
+        if hasattr(self, "_scratch") and not sys.is_finalizing():
+            self.release()
 
     def _open(self, stage: str) -> OpenedEngine:
         """An engine, loaded; with `staged`, the only one."""
@@ -259,5 +267,7 @@ class _Call:
         return {name: self._host[name].copy() for name in self._outputs}
 
     def close(self) -> None:
-        """Free the buffers; nothing may be under way."""
-        self._owned.close()
+        """Free the buffers, once nothing uses them any more."""
+        self._stream.settle()
+        with self._device.current():
+            self._owned.close()

@@ -9,6 +9,7 @@ number of slots occurs; what cannot be captured is enqueued every time, and says
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -173,7 +174,8 @@ class TrtStep:
             )
             upload(memory.address("text", row), host["text"].ctypes.data, memory.rows["text"])
             state = memory.address(f"state.{side}", row)
-            stream.clear(state + memory.latent_bytes, memory.rows["state"] - memory.latent_bytes)
+            if history := memory.rows["state"] - memory.latent_bytes:
+                stream.clear(state + memory.latent_bytes, history)
             stream.clear(memory.address(f"step.{side}", row), memory.rows["step"])
             if is_on_device(latents):
                 self._share(latents, state, memory)
@@ -282,8 +284,15 @@ class TrtStep:
         self._executions.clear()
 
     def release(self) -> None:
-        """Let go of everything; the next request allocates again."""
-        self.evict()
-        if self._memory is not None:
-            self._memory.close()
+        """Let go of everything, once nothing uses it any more; the next request allocates again."""
+        self._gpu.stream.settle()
+        with self._gpu.device.current():
+            self.evict()
+            if self._memory is not None:
+                self._memory.close()
         self._memory = None
+
+    def __del__(self) -> None:
+        """Launches may be under way when the last one who knew of them is gone."""
+        if hasattr(self, "_memory") and not sys.is_finalizing():
+            self.release()

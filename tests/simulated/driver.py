@@ -7,7 +7,8 @@ what it answers with silent damage is kept in `violations`, which must stay empt
 
 - an address outside every live allocation, or in freed memory;
 - an output that overlaps an input;
-- host memory changed while a copy from it was under way, or not pinned at all.
+- host memory changed while a copy from it was under way, or not pinned at all;
+- what the library holds freed while it is under way, or with no context current.
 
 Memory that nobody wrote holds NaN. `faults` may let any call fail.
 """
@@ -36,10 +37,11 @@ POISON = 0xFF
 
 @dataclass(slots=True)
 class Work:
-    """Something a stream has to do; a graph replays it."""
+    """Something a stream has to do; a graph replays it. `under_way` counts how often it waits."""
 
     name: str
     run: Callable[[], None]
+    under_way: list[int]
 
 
 @dataclass(slots=True)
@@ -118,18 +120,26 @@ class SimulatedDriver:
             return None
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
 
-    def enqueue(self, stream: int, name: str, run: Callable[[], None]) -> Any:
+    def enqueue(
+        self, stream: int, name: str, run: Callable[[], None], under_way: list[int] | None = None
+    ) -> Any:
         """Put work on a stream, or into the graph that it records."""
+        work = Work(name, run, [0] if under_way is None else under_way)
         found = self._streams.get(stream)
         if found is None:
             return Status.CUDA_ERROR_INVALID_HANDLE
         if found.recording is not None:
             if found.invalid:
                 return Status.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
-            found.recording.append(Work(name, run))
+            found.recording.append(work)
         else:
-            found.work.append(Work(name, run))
+            found.work.append(work)
+            work.under_way[0] += 1
         return OK
+
+    def has_context(self) -> bool:
+        """Whether this thread has a context."""
+        return self._no_context() is None
 
     def calls_enqueue(self) -> bool:
         """Count a call of TensorRT's enqueueV3; whether it shall fail."""
@@ -206,7 +216,9 @@ class SimulatedDriver:
     def _drain(self, stream: int, until: Event | None = None) -> None:
         found = self._streams[stream]
         while found.work and not (until is not None and until.reached):
-            found.work.popleft().run()
+            work = found.work.popleft()
+            work.under_way[0] -= 1
+            work.run()
 
     # The driver's functions
 
@@ -313,6 +325,8 @@ class SimulatedDriver:
             if target is not None:
                 target[:] = uc
 
+        if not N:
+            return Status.CUDA_ERROR_INVALID_VALUE
         return self._no_context() or self.enqueue(hStream, "memset", run)
 
     def cuStreamCreate(self, Flags):
@@ -382,7 +396,7 @@ class SimulatedDriver:
         if hGraphExec not in self._execs:
             return Status.CUDA_ERROR_INVALID_HANDLE
         for work in self._execs[hGraphExec]:
-            self.enqueue(hStream, work.name, work.run)
+            self.enqueue(hStream, work.name, work.run, work.under_way)
         return OK
 
     def cuEventCreate(self, Flags):

@@ -148,6 +148,8 @@ def simulated_library(driver: SimulatedDriver, name: str = "tensorrt_rtx 1.7.1")
 
         def __del__(self):
             if self.pointer:
+                if not driver.has_context():
+                    driver.violate("TensorRT frees memory and no context is current")
                 driver.release(self.pointer)
 
     class IExecutionContext:
@@ -156,7 +158,11 @@ def simulated_library(driver: SimulatedDriver, name: str = "tensorrt_rtx 1.7.1")
             self._memory = Owned(CONTEXT_BYTES)
             self._shapes: dict[str, tuple[int, ...]] = {}
             self._addresses: dict[str, int] = {}
-            self._scratch, self._warm = (0, 0), False
+            self._scratch, self._warm, self._under_way = (0, 0), False, [0]
+
+        def __del__(self):
+            if self._under_way[0]:
+                driver.violate("an execution context is destroyed while it is under way")
 
         def set_input_shape(self, name, shape):
             spec = self.engine.spec.inputs[name]
@@ -206,7 +212,8 @@ def simulated_library(driver: SimulatedDriver, name: str = "tensorrt_rtx 1.7.1")
             if self._cache is not None:
                 self._cache.kernels.add(json.dumps(sorted(self._shapes.items())))
             run = self.engine.kernel(dict(self._shapes), dict(self._addresses), self._scratch)
-            return driver.enqueue(stream_handle, self.engine.spec.name, run) == Status.CUDA_SUCCESS
+            name = self.engine.spec.name
+            return driver.enqueue(stream_handle, name, run, self._under_way) == Status.CUDA_SUCCESS
 
         if rtx and "capturable" not in lacks:
 

@@ -264,6 +264,21 @@ def test_cancelling_and_ctrl_c_leave_it_usable(pipe, cpu):
         same(pipe.generate(PROMPTS, steps=5, seed=1), wanted)
 
 
+def test_another_size_after_cancelling_waits_for_what_is_under_way(pipe, cpu):
+    """The last size's contexts and graphs may not go while the GPU is busy with them."""
+    pipe.generate("red", steps=5, seed=1)
+    cancel = threading.Event()
+
+    def progress(what, done, total):
+        if (what, done) == ("denoise", 6):
+            cancel.set()
+
+    with pytest.raises(Cancelled):
+        pipe.generate("red", steps=5, seed=1, progress=progress, should_cancel=cancel.is_set)
+    other = {"steps": 2, "seed": 1, "frames": 3, "size": (32, 64)}
+    same([pipe.generate("red", **other)], [cpu.generate("red", **other)])
+
+
 def test_a_failed_launch_is_an_error_and_the_next_video_is_right(machine, pipe, cpu):
     wanted = [cpu.generate("red", steps=6, seed=4)]
     for name in ("cuGraphLaunch", "enqueueV3", "cuMemcpyDtoHAsync", "cuStreamSynchronize"):
