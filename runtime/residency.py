@@ -14,8 +14,6 @@ from reelrt.errors import DeviceMemoryError, InputError
 
 RESIDENCIES = ("all", "staged")
 """`all` keeps every engine loaded; `staged` loads one at a time, runs it and frees it."""
-CONTEXT_BYTES = 300 * 2**20
-"""What a CUDA context and the library take beside our allocations, about, on the GPUs of our targets."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ FEATURES: dict[str, str] = {
 
 DRIVER_TOO_OLD = ("insufficient", "error: 35", "driver version")
 """What the library says when the driver is older than its CUDA: cudaErrorInsufficientDriver is 35."""
-OUT_OF_MEMORY = ("outofmemory", "out of memory", "cudaerrormemoryallocation")
+OUT_OF_MEMORY = ("outofmemory", "out of memory", "cudaerrormemoryallocation", "could not be allocated")
 
 
 def features(module: Any) -> frozenset[str]:
