@@ -11,13 +11,15 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from reelrt.engines.backends import BACKENDS, RTX_CAPABILITIES, installed, version
-from reelrt.errors import BackendError
+from reelrt.bundle.manifest import EngineSet
+from reelrt.engines.backends import BACKENDS, RTX_CAPABILITIES, cuda_version, installed, version
+from reelrt.errors import BackendError, IntegrityError
 from reelrt.jetson.device import Device, detect
 
 Status = Literal["ok", "warn", "missing"]
@@ -27,6 +29,21 @@ MIN_DISK = 5 * 2**30
 EXPORT_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 CODECS = {"libx264": ".mp4", "libvpx-vp9": ".webm", "gif": ".gif", "png": ".png"}
 """Encoder to the ending of the videos that need it."""
+# CUDA's major version to the oldest driver that runs it: https://docs.nvidia.com/deploy/cuda-compatibility
+DRIVERS = {12: "525", 13: "580"}
+DRIVER_REMEDIES = {
+    "no driver": f"Install the NVIDIA driver, version {DRIVERS[13]} or newer for CUDA 13.",
+    "SYSTEM_DRIVER_MISMATCH": "Restart the machine: its driver was updated and not loaded again.",
+    "NO_DEVICE": "Check that nvidia-smi lists the GPU and that CUDA_VISIBLE_DEVICES does not hide it.",
+    "STUB_LIBRARY": "Install the NVIDIA driver; a stub library stands in its place.",
+}
+"""What a fault of the GPU says to what can be done about it."""
+OLDER = {
+    "tensorrt_rtx": "tensorrt-rtx-cu{}",
+    "tensorrt": "tensorrt-cu{}",
+    "cuda-bindings": "cuda-bindings=={}.*",
+}
+"""Package to the requirement that names its build for a CUDA version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +63,12 @@ class Check:
     remedy: str = ""
 
 
-def examine(folder: Path = Path()) -> list[Check]:
+def examine(folder: Path = Path(), engines: Iterable[Path] = ()) -> list[Check]:
     """Look at this machine.
 
     Args:
         folder: Where bundles and engines shall be written; its disk is looked at.
+        engines: Engine sets that shall run here.
 
     Returns:
         The checks in reading order: the machine, the packages, then what can be done with them.
@@ -64,7 +82,9 @@ def examine(folder: Path = Path()) -> list[Check]:
         _cuda(device),
         _codecs(),
     ]
-    return [*_machine(device, folder), *packages, *_abilities(device, packages)]
+    machine = _machine(device, folder)
+    sets = [_engines(device, each) for each in engines]
+    return [*machine, *packages, *_abilities(device, [*machine, *packages]), *sets]
 
 
 def _machine(device: Device, folder: Path) -> list[Check]:
@@ -94,12 +114,64 @@ def _machine(device: Device, folder: Path) -> list[Check]:
 
 
 def _gpu(device: Device) -> Check:
-    gpu = device.gpu
+    gpu, fault = device.gpu, device.gpu_fault
     if gpu is None:
+        remedies = [remedy for sign, remedy in DRIVER_REMEDIES.items() if sign in fault]
         remedy = "With an NVIDIA GPU in this machine, install its driver."
-        return Check("GPU", "warn", "no NVIDIA GPU, or no driver for it", remedy)
-    memory = f"{_gib(gpu.memory_bytes)}, driver for CUDA {gpu.cuda}"
-    return Check("GPU", "ok", f"{gpu.name}, compute capability {gpu.compute_capability}, {memory}")
+        if fault:
+            remedy = remedies[0] if remedies else "Install the NVIDIA driver again, and restart the machine."
+        return Check("GPU", "warn", fault or "no NVIDIA GPU, or no driver for it", remedy)
+    detail = (
+        f"{gpu.name}, compute capability {gpu.compute_capability}, {_gib(gpu.memory_bytes)}, "
+        f"driver for CUDA {gpu.cuda}"
+    )
+    newest = int(gpu.cuda.partition(".")[0])
+    wanted = {name: major for name, major in _cuda_majors(device).items() if major > newest}
+    if not wanted:
+        return Check("GPU", "ok", detail)
+    major = max(wanted.values())
+    older = " ".join(f"'{requirement}'" for name in wanted for requirement in [OLDER[name].format(newest)])
+    return Check(
+        "GPU",
+        "warn",
+        f"{detail}, which is too old for {' and '.join(wanted)} of CUDA {major}",
+        f"Update the NVIDIA driver to {DRIVERS.get(major, 'the newest')} or newer, or install what it runs: "
+        f"pip install {older}.",
+    )
+
+
+def _cuda_majors(device: Device) -> dict[str, int]:
+    """The CUDA that installed packages were built for, where they say it."""
+    found = {
+        name: cuda_version(BACKENDS[name], device).partition(".")[0]
+        for name in ("tensorrt_rtx", "tensorrt")
+        if installed(name)
+    }
+    with suppress(metadata.PackageNotFoundError):
+        found["cuda-bindings"] = metadata.version("cuda-bindings").partition(".")[0]
+    return {name: int(major) for name, major in found.items() if major}
+
+
+def _engines(device: Device, folder: Path) -> Check:
+    """Whether an engine set runs on this machine."""
+    name, again = str(folder), "Build the engines for this machine: `reelrt build BUNDLE -o ENGINES`."
+    try:
+        engines = EngineSet.load(folder, check=False)
+    except IntegrityError as error:
+        return Check(name, "missing", error.message, error.remedy or again)
+    wanted, gpu = engines.compute_capability, device.gpu
+    detail = f"{engines.backend} {engines.backend_version} engines for {engines.target}"
+    if wanted and (gpu is None or gpu.compute_capability != wanted):
+        here = f"this machine has {gpu.name}, {gpu.compute_capability}" if gpu else "this machine has no GPU"
+        return Check(name, "missing", f"{detail}, compute capability {wanted}; {here}", again)
+    try:
+        found = version(BACKENDS[engines.backend])
+    except (BackendError, KeyError):
+        remedy = BACKENDS[engines.backend].remedy if engines.backend in BACKENDS else again
+        return Check(name, "missing", f"{detail}; {engines.backend} is not installed", remedy)
+    if found != engines.backend_version:
+        return Check(name, "missing", f"{detail}; {found} is installed", again)
+    return Check(name, "ok", detail)
 
 
 def _package(module: str, absent: Status, remedy: str) -> Check:
@@ -135,7 +207,8 @@ def _cuda(device: Device) -> Check:
         pass
     if device.gpu is None:
         return Check("cuda-bindings", "ok", "not installed; nothing here needs it")
-    return Check("cuda-bindings", "warn", "not installed", "Install it: pip install cuda-bindings.")
+    extra = "tensorrt" if device.jetson else "rtx"
+    return Check("cuda-bindings", "warn", "not installed", f"Install it: pip install 'reelrt[{extra}]'.")
 
 
 def _codecs() -> Check:
@@ -163,6 +236,8 @@ def _abilities(device: Device, packages: Iterable[Check]) -> list[Check]:
         *([f"tensorrt engines for this device ({gpu})"] if full else []),
     ]
     runs = ["onnxruntime engines"] if "onnxruntime" in there else []
+    if device.gpu is not None and {"GPU", "cuda-bindings"} <= there:
+        runs += [f"{name} engines for {gpu}" for name in ("tensorrt_rtx", "tensorrt") if name in there]
     lacking = [name for name in EXPORT_MODULES if name not in there]
     export = f"without {', '.join(lacking)}" if lacking else "diffusers folders to bundles"
     return [

@@ -25,6 +25,19 @@ MODEL_FILE = Path("/proc/device-tree/model")
 RELEASE_FILE = Path("/etc/nv_tegra_release")
 CPU_FILE = Path("/proc/cpuinfo")
 CPU_FOLDER = Path("/sys/devices/system/cpu")
+PCI_FOLDER = Path("/sys/bus/pci/devices")
+_NVIDIA, _DISPLAY = "0x10de", "0x03"
+
+# What cuInit may answer: https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__TYPES.html
+DRIVER_FAULTS = {
+    34: "CUDA_ERROR_STUB_LIBRARY",
+    100: "CUDA_ERROR_NO_DEVICE",
+    101: "CUDA_ERROR_INVALID_DEVICE",
+    802: "CUDA_ERROR_SYSTEM_NOT_READY",
+    803: "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
+    804: "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE",
+    999: "CUDA_ERROR_UNKNOWN",
+}
 
 # CUdevice_attribute: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
 _MAJOR, _MINOR = 75, 76
@@ -60,6 +73,7 @@ class Device:
         cpu_features: Vector extensions that a CPU engine depends on, in a fixed order.
         cpu_cores: Cores this process may use.
         memory_bytes: Physical memory; 0 when the system does not say.
+        gpu_fault: Why an NVIDIA card that is there cannot be used; empty where nothing is known of one.
     """
 
     gpu: Gpu | None
@@ -70,14 +84,16 @@ class Device:
     cpu_features: tuple[str, ...]
     cpu_cores: int
     memory_bytes: int
+    gpu_fault: str = ""
 
 
 def detect() -> Device:
     """Look at this machine."""
     cpu, features = _cpu(_text(CPU_FILE))
+    gpu, fault = _gpu()
     model = _text(MODEL_FILE).strip("\0\n")
     return Device(
-        gpu=_gpu(),
+        gpu=gpu,
         jetson=model if "jetson" in model.lower() or "orin" in model.lower() else "",
         jetpack=jetpack(_text(RELEASE_FILE)),
         architecture=platform.machine(),
@@ -85,6 +101,7 @@ def detect() -> Device:
         cpu_features=features,
         cpu_cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
         memory_bytes=_memory(),
+        gpu_fault=fault,
     )
 
 
@@ -145,17 +162,28 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _gpu() -> Gpu | None:
-    """The first GPU as libcuda, the driver's own library, describes it."""
+def _cards() -> int:
+    """NVIDIA display and compute cards on the PCI bus, driver or not."""
+    vendors = PCI_FOLDER.glob("*/vendor")
+    return sum(
+        _text(vendor).strip() == _NVIDIA and _text(vendor.with_name("class")).startswith(_DISPLAY)
+        for vendor in vendors
+    )
+
+
+def _gpu() -> tuple[Gpu | None, str]:
+    """The first GPU as libcuda, the driver's own library, describes it, or why it does not."""
     try:
         cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
-        return None
+        return None, "an NVIDIA card, and no driver for it" if _cards() else ""
     device, version, major, minor = (ctypes.c_int() for _ in range(4))
     total, name = ctypes.c_size_t(), ctypes.create_string_buffer(256)
     try:
+        if code := cuda.cuInit(0):
+            answer = DRIVER_FAULTS.get(code, f"CUDA error {code}")
+            return None, f"an NVIDIA driver that answers {answer}"
         calls = (
-            cuda.cuInit(0),
             cuda.cuDeviceGet(ctypes.byref(device), 0),
             cuda.cuDriverGetVersion(ctypes.byref(version)),
             cuda.cuDeviceGetName(name, len(name), device),
@@ -164,12 +192,13 @@ def _gpu() -> Gpu | None:
             cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device),
         )
     except AttributeError:  # a libcuda without these entries is a stub
-        return None
+        return None, ""
     if any(calls):
-        return None
-    return Gpu(
+        return None, ""
+    found = Gpu(
         name=name.value.decode(errors="replace"),
         compute_capability=f"{major.value}.{minor.value}",
         memory_bytes=total.value,
         cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
     )
+    return found, ""

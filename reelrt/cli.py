@@ -234,13 +234,19 @@ def inspect(
 
 @app.command(epilog=EPILOG)
 @command
-def doctor(as_json: Json = False, debug: Debug = False) -> None:
+def doctor(
+    engines: Annotated[
+        list[Path] | None, typer.Argument(metavar="[ENGINES]...", help="Engine sets that shall run here.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Say what this machine can export, build and run, and what is missing."""
     from dataclasses import asdict
 
     from reelrt.engines.doctor import examine
 
-    show({"checks": [asdict(check) for check in examine()]}, as_json)
+    show({"checks": [asdict(check) for check in examine(engines=engines or ())]}, as_json)
 
 
 @app.command("video-info", epilog=EPILOG)

@@ -98,6 +98,34 @@ class QualityError(ReelError):
     exit_code = 8
 
 
+class CudaError(BackendError):
+    """A CUDA call failed.
+
+    Args:
+        name: CUDA's own name of the error: `CUDA_ERROR_LAUNCH_FAILED`, say.
+        message: One sentence.
+        remedy: What to do about it.
+    """
+
+    def __init__(self, name: str, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.name = name
+
+
+class DeviceMemoryError(CudaError):
+    """The GPU's memory is too small for what was asked for; everything was freed again.
+
+    Args:
+        message: One sentence with what was wanted and what was free.
+        remedy: What would fit.
+        plan: The memory plan that did not come true, readable; empty where there is none.
+    """
+
+    def __init__(self, message: str, remedy: str = "", plan: str = "") -> None:
+        super().__init__("CUDA_ERROR_OUT_OF_MEMORY", message, remedy)
+        self.plan = plan
+
+
 class Cancelled(ReelError):
     """The work was cancelled on request; nothing was left half-written."""
 

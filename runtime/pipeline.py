@@ -37,16 +37,28 @@ CUT_SHOWN = 60
 Prompts = list[str] | tuple[str, ...]  # a str is a Sequence[str] too, so that would not tell them apart
 
 
-def load(folder: FilePath, *, threads: int | None = None, check: bool = True) -> TextToVideo:
+def load(
+    folder: FilePath,
+    *,
+    threads: int | None = None,
+    check: bool = True,
+    stream: object = None,
+    residency: str | None = None,
+) -> TextToVideo:
     """Open an engine set.
 
     Args:
         folder: What `reelrt build` or `make engines` wrote.
         threads: CPU threads of each engine; None takes one per physical core.
         check: Whether to verify the SHA-256 of every file first.
+        stream: On a GPU, the CUDA stream to run on, of pycuda, CuPy, torch or any other library;
+            it must outlive the pipeline. None makes one.
+        residency: On a GPU, `all` engines in its memory, or `staged`, one at a time. None takes
+            what fits.
 
     Raises:
-        InputError: An impossible number of threads.
+        InputError: An impossible number of threads, stream or residency.
+        DeviceMemoryError: The engines do not fit into the GPU's memory.
         IntegrityError: Not an engine set, or a file of it is missing or damaged.
         CompatibilityError: It was built for another backend version, device or machine.
         BackendError: No session of this version runs it, or its backend cannot open it.
@@ -54,7 +66,7 @@ def load(folder: FilePath, *, threads: int | None = None, check: bool = True) ->
     if threads is not None and not (is_whole(threads) and 1 <= threads <= MOST_THREADS):
         raise InputError(f"threads {threads!r} is not possible: give a number from 1 to {MOST_THREADS}.")
     engines = EngineSet.load(Path(folder), check)
-    return TextToVideo(engines, open_sessions(engines, threads))
+    return TextToVideo(engines, open_sessions(engines, threads, stream=stream, residency=residency))
 
 
 class TextToVideo:

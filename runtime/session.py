@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reelrt.bundle.manifest import EngineSet
-from reelrt.errors import BackendError, CompatibilityError
+from reelrt.errors import BackendError, CompatibilityError, InputError
 from reelrt.jetson.device import detect
 
 Array = npt.NDArray[Any]
@@ -77,23 +77,38 @@ class Sessions(Protocol):
         """Allocate the buffers of a step loop for latents of one shape (C, F, h, w)."""
 
 
-Opener = Callable[[EngineSet, int | None], Sessions]
+Opener = Callable[..., Sessions]
 
-BACKENDS = {"onnxruntime": "reelrt.runtime.ort"}
+BACKENDS = {
+    "onnxruntime": "reelrt.runtime.ort",
+    "tensorrt": "reelrt.runtime.trt",
+    "tensorrt_rtx": "reelrt.runtime.trt",
+}
 """Backend name to the module whose `open_sessions` opens its engine sets."""
 
 
-def open_sessions(engines: EngineSet, threads: int | None = None) -> Sessions:
+def open_sessions(
+    engines: EngineSet,
+    threads: int | None = None,
+    *,
+    stream: object = None,
+    residency: str | None = None,
+) -> Sessions:
     """Open every engine of a set with the backend it was built for.
 
     Args:
         engines: The engine set, verified.
         threads: CPU threads per engine; None leaves it to the backend.
+        stream: A CUDA stream of the caller's that a GPU backend shall use; see
+            `reelrt.runtime.cuda.stream_handle`.
+        residency: `all` engines in the GPU's memory, or `staged`, one at a time; None takes what
+            fits.
 
     Raises:
         BackendError: This version has no session for that backend, or the backend is not
             installed, or it cannot open an engine.
         CompatibilityError: The set was built for another version, GPU or machine.
+        InputError: A stream or residency for engines that run on the CPU.
     """
     _check_gpu(engines)
     if engines.backend not in BACKENDS:
@@ -103,19 +118,30 @@ def open_sessions(engines: EngineSet, threads: int | None = None) -> Sessions:
             "Build for this machine with `reelrt build BUNDLE -o ENGINES --backend onnxruntime`.",
         )
     opener: Opener = import_module(BACKENDS[engines.backend]).open_sessions
+    if engines.compute_capability:
+        return opener(engines, threads, stream=stream, residency=residency)
+    for name, value in (("stream", stream), ("residency", residency)):
+        if value is not None:
+            raise InputError(f"{name} {value!r} is for a GPU; {engines.folder} runs on the CPU.")
     return opener(engines, threads)
 
 
 def _check_gpu(engines: EngineSet) -> None:
     """Refuse engines of another compute capability before any library tries to open them."""
     wanted = engines.compute_capability
-    gpu = detect().gpu if wanted else None
-    if not wanted or (gpu is not None and gpu.compute_capability == wanted):
+    if not wanted:
         return
-    here = (
-        "has no NVIDIA GPU" if gpu is None else f"has {gpu.name}, compute capability {gpu.compute_capability}"
-    )
+    device = detect()
+    if device.gpu is None:
+        here = device.gpu_fault or "no NVIDIA GPU"
+    elif device.gpu.compute_capability == wanted:
+        return
+    else:
+        here = f"{device.gpu.name}, compute capability {device.gpu.compute_capability}"
+    built = f"{engines.folder} was built for {engines.target}, compute capability {wanted}"
     raise CompatibilityError(
-        f"{engines.folder} was built for {engines.target}, compute capability {wanted}; this machine {here}.",
-        "Build the engines for this machine: `reelrt build BUNDLE -o ENGINES`.",
+        f"{built}; this machine has {here}.",
+        "`reelrt doctor` says what is wrong."
+        if device.gpu_fault
+        else "Build the engines for this machine: `reelrt build BUNDLE -o ENGINES`.",
     )

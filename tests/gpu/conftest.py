@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from reelrt.engines.backends import RTX_CAPABILITIES
+from reelrt.bundle.manifest import EngineSet
+from reelrt.engines.backends import RTX_CAPABILITIES, installed
+from reelrt.engines.builder import build_engines
+from reelrt.errors import ReelError
 from reelrt.jetson.device import Gpu, detect
+from tests.models import small_model
+
+SIZES: dict[str, Any] = {"size": (64, 64), "frames": 16, "batch": 3}
 
 
 @pytest.fixture(scope="session")
 def gpu() -> Gpu:
     """The machine's GPU."""
-    found = detect().gpu
-    if found is None:
-        pytest.skip("this machine has no NVIDIA GPU, or no driver for it")
-    return found
+    found = detect()
+    if found.gpu is None:
+        pytest.skip(f"this machine has {found.gpu_fault or 'no NVIDIA GPU, or no driver for it'}")
+    return found.gpu
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +33,34 @@ def rtx_gpu(gpu: Gpu) -> Gpu:
     if gpu.compute_capability not in RTX_CAPABILITIES:
         pytest.skip(f"TensorRT-RTX does not support {gpu.name} (compute capability {gpu.compute_capability})")
     return gpu
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Engine sets of one small model, built when first asked for."""
+
+    folder: Path
+    cpu: EngineSet
+    gpu: Gpu
+
+    def of(self, backend: str, precision: str) -> EngineSet:
+        """An engine set of a GPU backend, or a skipped test with the exact reason."""
+        if not installed(backend):
+            pytest.skip(f"{backend} is not installed")
+        output = self.folder / f"{backend}-{precision}"
+        try:
+            return build_engines(
+                self.folder / "bundle", output, backend=backend, precision=precision, **SIZES
+            )
+        except ReelError as error:
+            pytest.skip(f"{backend} builds nothing for {self.gpu.name}: {error.message}")
+
+
+@pytest.fixture(scope="session")
+def sets(gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> Sets:
+    """A small model's bundle and its ONNX Runtime engines, and what builds the others."""
+    from reelrt.export.exporter import export_bundle
+
+    folder = tmp_path_factory.mktemp("gpu")
+    export_bundle(small_model(folder / "model"), folder / "bundle")
+    return Sets(folder, build_engines(folder / "bundle", folder / "cpu", backend="onnxruntime", **SIZES), gpu)

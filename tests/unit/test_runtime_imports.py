@@ -26,8 +26,10 @@ LIBRARIES = {"av", "PIL", "onnxruntime", "tokenizers"}
     ("statement", "absent"),
     [
         ("import reelrt", EXPORTERS | LIBRARIES | {"numpy", "safetensors"}),
-        ("import reelrt.runtime.pipeline, reelrt.runtime.video", EXPORTERS | LIBRARIES),
-        ("import reelrt.runtime.ort", EXPORTERS),
+        ("import reelrt.runtime.pipeline, reelrt.runtime.video", EXPORTERS | LIBRARIES | {"cuda"}),
+        ("import reelrt.runtime.ort", EXPORTERS | {"cuda"}),
+        ("import reelrt.runtime.trt", EXPORTERS | LIBRARIES | {"cuda"}),
+        ("import reelrt.engines.doctor as d; d.examine()", EXPORTERS | {"cuda"}),
     ],
 )
 def test_imports_are_light(statement, absent):

@@ -486,8 +486,12 @@ def test_engine_sets_that_cannot_run_here(tmp_path, monkeypatch):
             reelrt.load(set_for_rtx)
     gpu = Gpu("RTX 3060", "8.6", 2**33, "13.0")
     monkeypatch.setattr("reelrt.runtime.session.detect", lambda: replace(detect(), gpu=gpu))
-    with pytest.raises(BackendError, match=r"tensorrt_rtx engines for rtx3060.*onnxruntime"):
+    with pytest.raises((BackendError, CompatibilityError), match="built by TensorRT-RTX|cannot be loaded"):
         reelrt.load(set_for_rtx)
+    with pytest.raises(BackendError, match=r"teapot engines for host; this version of reelrt runs onnxr"):
+        reelrt.load(make("teapot", backend="teapot"))
+    with pytest.raises(InputError, match="stream 5 is for a GPU"):
+        reelrt.load(make("cpu"), stream=5)
     damaged = make("damaged")
     (damaged / "step.onnx").write_bytes((damaged / "step.onnx").read_bytes()[:-1])
     with pytest.raises(IntegrityError, match=r"step\.onnx is damaged"):

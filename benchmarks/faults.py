@@ -1,0 +1,73 @@
+"""TensorRT sessions on a simulated GPU whose calls fail at random: leaks and wrong videos must be none.
+
+    python -m benchmarks.faults
+
+No GPU takes part, so this says nothing about speed. 25,000 videos, in turn with every library the
+simulation knows: more than 10,000 allocations, copies, launches, captures and waits are let fail, and
+videos are cancelled or stopped by Ctrl-C. Each one that comes out is compared with ONNX Runtime's to the bit.
+The last line on stdout is JSON; a full run also writes it to `benchmarks/results/faults.json`. Exit
+code 1 when there was a leak, a wrong video or damage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import machine
+from reelrt.bundle.manifest import EngineSet
+from tests.simulated.faults import run
+from tests.simulated.machine import Machine
+from tests.simulated.tensorrt import MISSING
+from tests.unit.test_runtime_pipeline import make_engines
+
+ROUNDS = 25_000
+RESULT = Path(__file__).parent / "results" / "faults.json"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="videos in all")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)  # each failed capture is told, which is thousands of lines
+    console = Console(stderr=True)
+    console.print("wanted: no leak, no damage, and every video that comes out ONNX Runtime's to the bit")
+    tallies = {}
+    for index, library in enumerate(MISSING):
+        with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+            folder = Path(name)
+            (folder / "source").mkdir()
+            make_engines(folder / "source")  # type: ignore[no-untyped-call] # a test's
+            share = options.rounds // len(MISSING)
+            source = EngineSet.load(folder / "source")
+            seed = options.seed + index
+            tallies[library] = run(Machine(patch, library), source, folder / "engines", share, seed)
+    table = Table("library", "videos asked for", "faults", "came out", "wrong", "leaks", "damage")
+    for library, tally in tallies.items():
+        counts = (tally.rounds, tally.faults.total(), tally.ends["video"], tally.wrong)
+        table.add_row(library, *map(str, (*counts, len(tally.leaks), len(tally.violations))))
+    console.print(table)
+    libraries = {name: tally.to_json() for name, tally in tallies.items()}
+    result = {
+        "simulated": True,
+        "seed": options.seed,
+        "libraries": libraries,
+        "machine": machine("onnxruntime", "cuda-bindings"),
+    }
+    if options.rounds >= ROUNDS:
+        RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+    return int(any(tally.wrong or tally.leaks or tally.violations for tally in tallies.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""What the engines of a set need of a GPU's memory, before anything is loaded.
+
+Knows manifests and sizes; asks no device and loads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from reelrt.bundle.manifest import Engine, EngineSet
+from reelrt.errors import DeviceMemoryError, InputError
+
+RESIDENCIES = ("all", "staged")
+"""`all` keeps every engine loaded; `staged` loads one at a time, runs it and frees it."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of device memory.
+
+    Attributes:
+        residency: One of `RESIDENCIES`.
+        weights: Stage to the size of its weights.
+        scratch: One block for the activations of every stage in turn; 0 for a backend that did
+            not say when it built.
+        buffers: Stage to the size of its inputs and outputs.
+    """
+
+    residency: str
+    weights: Mapping[str, int]
+    scratch: int
+    buffers: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """The most there is at a time."""
+        weights = self.weights.values()
+        loaded = sum(weights) if self.residency == "all" else max(weights, default=0)
+        return loaded + self.scratch + sum(self.buffers.values())
+
+    def __str__(self) -> str:
+        parts = [
+            *(f"{stage} {_mib(size)}" for stage, size in self.weights.items()),
+            f"activations {_mib(self.scratch)}",
+            f"buffers {_mib(sum(self.buffers.values()))}",
+        ]
+        how = "engines loaded one at a time" if self.residency == "staged" else "all engines loaded"
+        return f"{_mib(self.total)} ({', '.join(parts)}; {how})"
+
+
+def plan_memory(
+    engines: EngineSet, residency: str, latents: tuple[int, int, int, int] | None = None
+) -> MemoryPlan:
+    """Plan the memory of an engine set.
+
+    Args:
+        engines: The engine set.
+        residency: One of `RESIDENCIES`.
+        latents: (C, F, h, w) of the videos. Default: the largest of the profile.
+    """
+    return MemoryPlan(
+        residency,
+        {name: engine.weight_bytes for name, engine in engines.engines.items()},
+        max(_activations(engine, latents) for engine in engines.engines.values()),
+        {name: _buffers(engine, latents) for name, engine in engines.engines.items()},
+    )
+
+
+def choose_memory(
+    engines: EngineSet, free: int, residency: str | None, latents: tuple[int, int, int, int] | None = None
+) -> MemoryPlan:
+    """The first plan that fits into the free memory.
+
+    Args:
+        engines: The engine set.
+        free: Free device memory in bytes.
+        residency: One of `RESIDENCIES`; None takes the first that fits.
+        latents: As in `plan_memory`.
+
+    Raises:
+        InputError: No such residency.
+        DeviceMemoryError: None fits; the message has the smallest plan.
+    """
+    if residency is not None and residency not in RESIDENCIES:
+        raise InputError(f"residency {residency!r} is not known.", f"Choose one of {', '.join(RESIDENCIES)}.")
+    plans = [
+        plan_memory(engines, each, latents) for each in ([residency] if residency else list(RESIDENCIES))
+    ]
+    for plan in plans:
+        if plan.total <= free:
+            return plan
+    smallest = plans[-1]
+    smaller = "" if residency in (None, "staged") else "Load engines one at a time (residency='staged'), "
+    raise DeviceMemoryError(
+        f"{engines.folder} needs {smallest} and {_mib(free)} are free.",
+        f"{smaller or 'Build '}{'or build ' if smaller else ''}engines for a smaller --size, "
+        "fewer --frames or --precision fp16.",
+        str(smallest),
+    )
+
+
+def _sizes(engine: Engine, latents: tuple[int, ...] | None) -> dict[str, int]:
+    """The size of every axis: the largest of the profile, or the latents' where it has one."""
+    sizes = {axis: extent.max for axis, extent in engine.profile.items()}
+    if latents is not None and "height" in sizes:
+        _, frames, height, width = latents
+        sizes.update(height=height, width=width, frames=min(frames, sizes["frames"]))
+    return sizes
+
+
+def _activations(engine: Engine, latents: tuple[int, ...] | None) -> int:
+    """Scaled with the number of latent cells, as activations are."""
+    cells = ("frames", "height", "width")
+    largest, asked = (prod(_sizes(engine, each).get(axis, 1) for axis in cells) for each in (None, latents))
+    return -(-engine.activation_bytes * asked // largest)
+
+
+def _buffers(engine: Engine, latents: tuple[int, ...] | None) -> int:
+    sizes = _sizes(engine, latents)
+    specs = [*engine.spec.inputs.values(), *engine.spec.outputs.values()]
+    return sum(prod(spec.shape(sizes)) * spec.numpy_dtype(engine.precision).itemsize for spec in specs)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,441 @@
+"""Stands for a GPU: the CUDA driver's functions on host memory, as strict as the hardware.
+
+Device memory is host memory. A stream's work is put off until something waits for it, in order,
+so that whoever reads a result too early reads nonsense. Graphs are recorded and replayed from the
+raw addresses they were captured with. What CUDA answers with an error is answered with that error;
+what it answers with silent damage is kept in `violations`, which must stay empty:
+
+- an address outside every live allocation, or in freed memory;
+- an output that overlaps an input;
+- host memory changed while a copy from it was under way, or not pinned at all;
+- what the library holds freed while it is under way, or with no context current.
+
+Memory that nobody wrote holds NaN. `faults` may let any call fail.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from bisect import bisect_right
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from cuda.bindings.driver import CUresult, CUstreamCaptureMode
+
+Status: Any = CUresult
+OK = Status.CUDA_SUCCESS
+ALIGNMENT = 256
+QUARANTINE = 512
+"""Freed allocations that are kept so that their addresses mean nothing."""
+POISON = 0xFF
+
+
+@dataclass(slots=True)
+class Work:
+    """Something a stream has to do; a graph replays it. `under_way` counts how often it waits."""
+
+    name: str
+    run: Callable[[], None]
+    under_way: list[int]
+
+
+@dataclass(slots=True)
+class Stream:
+    context: int
+    work: deque[Work] = field(default_factory=deque)
+    recording: list[Work] | None = None
+    invalid: bool = False
+
+
+@dataclass(slots=True)
+class Event:
+    stream: int = 0
+    reached: bool = True
+    at: float = 0.0
+
+
+class SimulatedDriver:
+    """The part of `cuda.bindings.driver` that `reelrt.runtime.cuda` uses.
+
+    Attributes:
+        violations: What hardware would have answered with damage.
+        calls: Every call that was made, by name.
+        faults: Called with each call's name; an error it returns is what the call answers.
+
+    Args:
+        memory: Bytes of device memory.
+        version: The newest CUDA that it runs: 13000 is 13.0.
+    """
+
+    CUresult = CUresult
+    CUstreamCaptureMode = CUstreamCaptureMode
+
+    def __init__(self, memory: int = 1 << 28, version: int = 13000) -> None:
+        self.total, self.used, self.version = memory, 0, version
+        self.violations: list[str] = []
+        self.calls: Counter[str] = Counter()
+        self.faults: Callable[[str], Any] = lambda name: None
+        self._blocks: dict[int, np.ndarray] = {}
+        self._sizes: dict[int, tuple[int, bool]] = {}
+        self._starts: list[int] = []
+        self._quarantine: deque[np.ndarray] = deque(maxlen=QUARANTINE)
+        self._streams: dict[int, Stream] = {}
+        self._events: dict[int, Event] = {}
+        self._graphs: dict[int, list[Work]] = {}
+        self._execs: dict[int, list[Work]] = {}
+        self._contexts: Counter[int] = Counter()
+        self._current: dict[int, list[int]] = {}
+        self._next = 0x1000
+
+    # What a test asks of it
+
+    def leaks(self) -> dict[str, int]:
+        """What is still there, by kind."""
+        kinds = {
+            "device bytes": self.used,
+            "pinned blocks": sum(not on_device for _, on_device in self._sizes.values()),
+            "streams": len(self._streams),
+            "events": len(self._events),
+            "graphs": len(self._graphs) + len(self._execs),
+            "contexts": sum(self._contexts.values()),
+        }
+        return {kind: count for kind, count in kinds.items() if count}
+
+    def violate(self, what: str) -> None:
+        self.violations.append(what)
+
+    def bytes_at(self, pointer: int, size: int, what: str, device: bool = True) -> np.ndarray | None:
+        """A range as bytes, if it lies in one live allocation of the right kind."""
+        index = bisect_right(self._starts, pointer) - 1
+        start = self._starts[index] if index >= 0 else -1
+        length, on_device = self._sizes.get(start, (0, device))
+        if index < 0 or pointer + size > start + length or on_device != device:
+            kind = "device" if device else "pinned"
+            self.violate(f"{what}: {size} bytes at {pointer:#x} are not {kind} memory that is in use")
+            return None
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
+
+    def enqueue(
+        self, stream: int, name: str, run: Callable[[], None], under_way: list[int] | None = None
+    ) -> Any:
+        """Put work on a stream, or into the graph that it records."""
+        work = Work(name, run, [0] if under_way is None else under_way)
+        found = self._streams.get(stream)
+        if found is None:
+            return Status.CUDA_ERROR_INVALID_HANDLE
+        if found.recording is not None:
+            if found.invalid:
+                return Status.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
+            found.recording.append(work)
+        else:
+            found.work.append(work)
+            work.under_way[0] += 1
+        return OK
+
+    def has_context(self) -> bool:
+        """Whether this thread has a context."""
+        return self._no_context() is None
+
+    def calls_enqueue(self) -> bool:
+        """Count a call of TensorRT's enqueueV3; whether it shall fail."""
+        self.calls["enqueueV3"] += 1
+        return bool(self.faults("enqueueV3"))
+
+    def is_capturing(self, stream: int) -> bool:
+        return self._streams[stream].recording is not None
+
+    def invalidate(self, stream: int) -> None:
+        self._streams[stream].invalid = True
+
+    def allocate(self, size: int, device: bool = True) -> int:
+        """Memory that holds NaN; 0 when there is not so much."""
+        if device and self.used + size > self.total:
+            return 0
+        raw = np.full(size + 2 * ALIGNMENT, POISON, np.uint8)
+        pointer = -(-raw.ctypes.data // ALIGNMENT) * ALIGNMENT
+        self._blocks[pointer], self._sizes[pointer] = raw, (size, device)
+        self._starts.insert(bisect_right(self._starts, pointer), pointer)
+        self.used += size if device else 0
+        return pointer
+
+    def release(self, pointer: int, device: bool = True) -> Any:
+        size, on_device = self._sizes.get(pointer, (0, not device))
+        if on_device != device:
+            self.violate(f"{pointer:#x} is freed and is no {'device' if device else 'pinned'} memory in use")
+            return Status.CUDA_ERROR_INVALID_VALUE
+        for stream in list(self._streams):
+            self._drain(stream)
+        raw = self._blocks.pop(pointer)
+        del self._sizes[pointer]
+        self._starts.remove(pointer)
+        raw[:] = POISON
+        self._quarantine.append(raw)
+        self.used -= size if device else 0
+        return OK
+
+    # The machinery
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if not name.startswith("cu") or not callable(value):
+            return value
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls[name] += 1
+            fault = self.faults(name)
+            answer = (fault,) if fault else value(*(_plain(each) for each in arguments))
+            return answer if isinstance(answer, tuple) else (answer,)
+
+        return call
+
+    def _handle(self) -> int:
+        self._next += 0x10
+        return self._next
+
+    def _stack(self) -> list[int]:
+        return self._current.setdefault(threading.get_ident(), [])
+
+    def _no_context(self) -> Any:
+        stack = self._stack()
+        return None if stack and stack[-1] else Status.CUDA_ERROR_INVALID_CONTEXT
+
+    def _forbidden(self) -> Any:
+        """What may not be called while this thread captures: it ruins the capture."""
+        if missing := self._no_context():
+            return missing
+        capturing = [each for each in self._streams.values() if each.recording is not None]
+        for stream in capturing:
+            stream.invalid = True
+        return Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED if capturing else None
+
+    def _drain(self, stream: int, until: Event | None = None) -> None:
+        found = self._streams[stream]
+        while found.work and not (until is not None and until.reached):
+            work = found.work.popleft()
+            work.under_way[0] -= 1
+            work.run()
+
+    # The driver's functions
+
+    def cuInit(self, Flags):
+        return OK
+
+    def cuDriverGetVersion(self):
+        return OK, self.version
+
+    def cuDeviceGet(self, ordinal):
+        return (OK, ordinal) if ordinal == 0 else (Status.CUDA_ERROR_INVALID_DEVICE, None)
+
+    def cuDevicePrimaryCtxRetain(self, dev):
+        self._contexts[dev + 1] += 1
+        return OK, dev + 1
+
+    def cuDevicePrimaryCtxRelease(self, dev):
+        self._contexts[dev + 1] -= 1
+        return OK
+
+    def cuCtxGetCurrent(self):
+        stack = self._stack()
+        return OK, stack[-1] if stack else 0
+
+    def cuCtxPushCurrent(self, ctx):
+        self._stack().append(ctx)
+        return OK
+
+    def cuCtxPopCurrent(self):
+        stack = self._stack()
+        return (OK, stack.pop()) if stack else (Status.CUDA_ERROR_INVALID_CONTEXT, None)
+
+    def cuStreamGetCtx(self, hStream):
+        if hStream not in self._streams:
+            return Status.CUDA_ERROR_INVALID_HANDLE, None
+        return OK, self._streams[hStream].context
+
+    def cuMemGetInfo(self):
+        missing = self._no_context()
+        return (missing, None, None) if missing else (OK, self.total - self.used, self.total)
+
+    def cuMemAlloc(self, bytesize):
+        if forbidden := self._forbidden():
+            return forbidden, None
+        pointer = self.allocate(bytesize)
+        return (OK, pointer) if pointer else (Status.CUDA_ERROR_OUT_OF_MEMORY, None)
+
+    def cuMemFree(self, dptr):
+        return self._forbidden() or self.release(dptr)
+
+    def cuMemHostAlloc(self, bytesize, Flags):
+        if forbidden := self._forbidden():
+            return forbidden, None
+        return OK, self.allocate(bytesize, device=False)
+
+    def cuMemFreeHost(self, p):
+        return self._forbidden() or self.release(p, device=False)
+
+    def cuMemcpyHtoDAsync(self, dstDevice, srcHost, ByteCount, hStream):
+        source = self.bytes_at(srcHost, ByteCount, "upload", device=False)
+        if source is None:
+            return OK
+        before = source.tobytes()
+
+        def run():
+            now = self.bytes_at(srcHost, ByteCount, "upload", device=False)
+            target = self.bytes_at(dstDevice, ByteCount, "upload")
+            if now is None or target is None:
+                return
+            if now.tobytes() != before:
+                self.violate("host memory was changed while a copy from it was under way")
+            target[:] = now
+
+        return self._no_context() or self.enqueue(hStream, "upload", run)
+
+    def cuMemcpyDtoHAsync(self, dstHost, srcDevice, ByteCount, hStream):
+        target = self.bytes_at(dstHost, ByteCount, "download", device=False)
+        if target is None:
+            return OK
+        target[:] = POISON  # whoever reads before the copy is done reads this
+
+        def run():
+            source = self.bytes_at(srcDevice, ByteCount, "download")
+            now = self.bytes_at(dstHost, ByteCount, "download", device=False)
+            if source is not None and now is not None:
+                now[:] = source
+
+        return self._no_context() or self.enqueue(hStream, "download", run)
+
+    def cuMemcpyDtoDAsync(self, dstDevice, srcDevice, ByteCount, hStream):
+        def run():
+            source = self.bytes_at(srcDevice, ByteCount, "copy")
+            target = self.bytes_at(dstDevice, ByteCount, "copy")
+            if abs(dstDevice - srcDevice) < ByteCount:
+                self.violate("a copy overlaps itself")
+            elif source is not None and target is not None:
+                target[:] = source
+
+        return self._no_context() or self.enqueue(hStream, "copy", run)
+
+    def cuMemsetD8Async(self, dstDevice, uc, N, hStream):
+        def run():
+            target = self.bytes_at(dstDevice, N, "memset")
+            if target is not None:
+                target[:] = uc
+
+        if not N:
+            return Status.CUDA_ERROR_INVALID_VALUE
+        return self._no_context() or self.enqueue(hStream, "memset", run)
+
+    def cuStreamCreate(self, Flags):
+        if missing := self._no_context():
+            return missing, None
+        handle = self._handle()
+        self._streams[handle] = Stream(self._stack()[-1])
+        return OK, handle
+
+    def cuStreamDestroy(self, hStream):
+        if hStream not in self._streams:
+            return Status.CUDA_ERROR_INVALID_HANDLE
+        self._drain(hStream)
+        del self._streams[hStream]
+        return OK
+
+    def cuStreamSynchronize(self, hStream):
+        if hStream not in self._streams:
+            return Status.CUDA_ERROR_INVALID_HANDLE
+        if forbidden := self._forbidden():
+            return forbidden
+        self._drain(hStream)
+        return OK
+
+    def cuStreamWaitEvent(self, hStream, hEvent, Flags):
+        event = self._events.get(hEvent)
+        if event is None:
+            return Status.CUDA_ERROR_INVALID_HANDLE
+        return self.enqueue(hStream, "wait", lambda: event.reached or self._drain(event.stream, event))
+
+    def cuStreamBeginCapture(self, hStream, mode):
+        stream = self._streams.get(hStream)
+        if stream is None:
+            return Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+        if stream.recording is not None:
+            return Status.CUDA_ERROR_ILLEGAL_STATE
+        stream.recording, stream.invalid = [], False
+        return OK
+
+    def cuStreamEndCapture(self, hStream):
+        stream = self._streams[hStream]
+        recorded, stream.recording = stream.recording, None
+        if recorded is None:
+            return Status.CUDA_ERROR_ILLEGAL_STATE, None
+        if stream.invalid:
+            return Status.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, None
+        handle = self._handle()
+        self._graphs[handle] = recorded
+        return OK, handle
+
+    def cuGraphInstantiate(self, hGraph, flags):
+        handle = self._handle()
+        self._execs[handle] = list(self._graphs[hGraph])
+        return OK, handle
+
+    def cuGraphDestroy(self, hGraph):
+        del self._graphs[hGraph]
+        return OK
+
+    def cuGraphExecDestroy(self, hGraphExec):
+        del self._execs[hGraphExec]
+        return OK
+
+    def cuGraphLaunch(self, hGraphExec, hStream):
+        if missing := self._no_context():
+            return missing
+        if hGraphExec not in self._execs:
+            return Status.CUDA_ERROR_INVALID_HANDLE
+        for work in self._execs[hGraphExec]:
+            self.enqueue(hStream, work.name, work.run, work.under_way)
+        return OK
+
+    def cuEventCreate(self, Flags):
+        if missing := self._no_context():
+            return missing, None
+        handle = self._handle()
+        self._events[handle] = Event()
+        return OK, handle
+
+    def cuEventDestroy(self, hEvent):
+        del self._events[hEvent]
+        return OK
+
+    def cuEventRecord(self, hEvent, hStream):
+        event = self._events[hEvent]
+        event.stream, event.reached = hStream, False
+
+        def reach():
+            event.reached, event.at = True, time.perf_counter()
+
+        return self._no_context() or self.enqueue(hStream, "event", reach)
+
+    def cuEventSynchronize(self, hEvent):
+        event = self._events.get(hEvent)
+        if event is None:
+            return Status.CUDA_ERROR_INVALID_HANDLE
+        if forbidden := self._forbidden():
+            return forbidden
+        if not event.reached:
+            self._drain(event.stream, event)
+        return OK
+
+    def cuEventElapsedTime(self, hStart, hEnd):
+        start, end = self._events[hStart], self._events[hEnd]
+        if not (start.reached and end.reached):
+            return Status.CUDA_ERROR_NOT_READY, None
+        return OK, 1000 * (end.at - start.at)
+
+
+def _plain(argument: Any) -> Any:
+    """Handles come as numbers or as the bindings' own objects."""
+    return argument if isinstance(argument, int) else int(argument)
