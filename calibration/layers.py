@@ -22,7 +22,12 @@ THROUGH = ("Transpose", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Cast")
 """What may stand between a weight and the node that multiplies by it."""
 
 KEPT: Mapping[str, Sequence[str]] = {
-    "unet3d": (r"\.time1\.weight", r"\.time2\.weight", r"\.conv_in\.weight", r"\.conv_out\.weight"),
+    "unet3d": (
+        r"\.conv_in\.weight",
+        r"\.conv_out\.weight",
+        r"\.transformer_in\.proj_(in|out)\.weight",
+        r"\.spatial\..*\.attn2\.attention",
+    ),
 }
 """Family to patterns of the layers that stay in FP32 by default; benchmarks/results/int8-sensitivity.json
 is the measurement that they come from."""
