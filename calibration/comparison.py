@@ -15,13 +15,10 @@ import numpy.typing as npt
 from reelrt import __version__
 from reelrt.bundle.report import KIND, PROMPTS, REFERENCE, SCHEMA, TARGETS, Report
 from reelrt.calibration.adherence import EVERYTHING, SCORED
-from reelrt.calibration.fidelity import paired_difference, spread
+from reelrt.calibration.fidelity import median_interval, paired_difference, spread
 from reelrt.calibration.pairs import Asked, Kept, Pair, measure_pair
 from reelrt.calibration.sides import Side
 from reelrt.progress import Progress, silent
-
-AS_FAST = 0.03
-"""Share by which two times of denoising may differ and still count as alike."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +54,8 @@ class Run:
             backend: Of the candidate, for the sentence about speed.
         """
         seconds = _by_side([pair.figures["denoise_seconds"] for pair in self.pairs], np.median)
-        ratio = float(np.median([_ratio(pair.figures["denoise_seconds"]) for pair in self.pairs]))
+        ratios = [_ratio(pair.figures["denoise_seconds"]) for pair in self.pairs]
+        ratio, interval = float(np.median(ratios)), median_interval(ratios)
         return {
             "steps": self.steps,
             "ssim": spread(self.values("ssim"), high_is_good=True),
@@ -68,8 +66,8 @@ class Run:
             },
             "roughness": self._roughness(),
             "adherence": self._adherence(),
-            "denoise_seconds": {**seconds, "candidate_over_reference": ratio},
-            "speed": _speed(seconds, ratio, self.steps, backend),
+            "denoise_seconds": {**seconds, "candidate_over_reference": ratio, "interval": interval},
+            "speed": _speed(seconds, interval, self.steps, backend),
             "videos": [pair.document() for pair in self.pairs],
         }
 
@@ -236,13 +234,18 @@ def _per_step(errors: npt.NDArray[np.float64]) -> list[dict[str, float]]:
     ]
 
 
-def _speed(seconds: Mapping[str, float], ratio: float, steps: int, backend: str) -> str:
-    """Which of the two is slower, in a sentence."""
-    change = f"{abs(100 * (ratio - 1)):.0f} % {'longer' if ratio > 1 else 'shorter'}"
-    alike = abs(ratio - 1) <= AS_FAST
-    verdict = "about as fast as" if alike else "slower than" if ratio > 1 else "faster than"
+def _speed(
+    seconds: Mapping[str, float], interval: tuple[float, float] | None, steps: int, backend: str
+) -> str:
+    """Which of the two is slower, in a sentence, if the pairs of times agree on it."""
+    verdict, certain = "neither clearly slower nor faster than", ""
+    if interval is None:
+        verdict = "measured over too few videos to say whether it is slower than"
+    else:
+        low, high = interval
+        verdict = "slower than" if low > 1 else "faster than" if high < 1 else verdict
+        certain = f"; its time is {low:.2f} to {high:.2f} times the reference's (95 % interval)"
     return (
         f"The candidate is {verdict} the reference on {backend}: denoising a video in {steps} steps took "
-        f"{seconds['candidate']:.2f} s against {seconds['reference']:.2f} s (medians); "
-        f"pair by pair, {change}."
+        f"{seconds['candidate']:.2f} s against {seconds['reference']:.2f} s (medians){certain}."
     )

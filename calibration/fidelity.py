@@ -110,6 +110,20 @@ def spread(values: Sequence[float], *, high_is_good: bool) -> dict[str, float]:
     }
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of a median that holds for any distribution; None for fewer than 6 values.
+
+    Its ends are order statistics whose ranks the binomial distribution gives (David and Nagaraja
+    2003, Order Statistics, section 7.1).
+    """
+    count, rank, tail = len(values), 0, 0
+    while tail + math.comb(count, rank) <= 0.025 * 2**count:
+        tail += math.comb(count, rank)
+        rank += 1
+    ordered = sorted(values)
+    return (ordered[rank - 1], ordered[count - rank]) if rank else None
+
+
 def paired_difference(reference: Sequence[bool], candidate: Sequence[bool]) -> dict[str, Any]:
     """How many more of the same prompts a candidate gets right, in points with a 95 % interval.
 

@@ -9,6 +9,7 @@ import pytest
 
 from reelrt.calibration.fidelity import (
     PSNR_CAP,
+    median_interval,
     paired_difference,
     psnr,
     relative_errors,
@@ -135,3 +136,10 @@ def test_an_interval_stays_within_what_is_possible():
     low, high = paired_difference([True], [False])["interval_points"]
     assert low >= -100
     assert high <= 100
+
+
+def test_the_interval_of_a_median_is_between_order_statistics():
+    """For 10 values the ranks are 2 and 9: P(X <= 1) = 11 / 1024 = 1.1 %, P(X <= 2) = 5.5 %."""
+    assert median_interval([float(value) for value in range(10, 0, -1)]) == (2, 9)
+    assert median_interval([1.0] * 5 + [2.0]) == (1, 2)
+    assert median_interval([1.0] * 5) is None
