@@ -18,7 +18,7 @@ from reelrt.errors import InputError, IntegrityError
 
 BLOCK_BYTES = 1 << 20
 
-OWN = ("manifest.json", "quality.json", "*.cache")
+OWN = ("manifest.json", "quality.json", "calibration-request.json", "*.cache")
 """What may lie in one of our folders without being in its manifest."""
 MARKS = ("schedules.safetensors", "settings.json")
 """Files that tell one of our folders whose manifest is damaged."""
@@ -62,6 +62,39 @@ def verify(folder: Path, files: Mapping[str, str]) -> None:
             )
 
 
+def check_replaceable(shown: Path, kind: str) -> None:
+    """Refuse, before any work, a place where `atomic_folder` would refuse to write.
+
+    Args:
+        shown: The folder, as the user named it.
+        kind: What shall be written there.
+
+    Raises:
+        InputError: The message names what is in the way.
+    """
+    target = shown.resolve()
+    if not target.exists():
+        return
+    other = "Name another folder, or remove it yourself."
+    if not target.is_dir():
+        raise InputError(f"{shown} is a file, where a folder shall be written.", other)
+    if target.is_mount() or Path.cwd().is_relative_to(target):
+        raise InputError(f"{shown} cannot be replaced as a whole: it is in use.", "Name a folder in it.")
+    if not any(target.iterdir()):
+        return
+    manifest = _manifest(target)
+    if manifest is None or manifest.get("kind", kind) != kind:
+        holds = "" if manifest is None else f" ({manifest['kind']!r})"
+        raise InputError(f"{shown} exists{holds} and is not {_called(kind)} to replace.", other)
+    listed = manifest.get("files", {})
+    for path in sorted(path for path in target.rglob("*") if path.is_file()):
+        name = path.relative_to(target).as_posix()
+        if listed and not (name in listed or any(path.match(own) for own in OWN)):
+            raise InputError(
+                f"{shown} holds {name}, which is no part of it and would be deleted.", "Move it elsewhere."
+            )
+
+
 @contextmanager
 def atomic_folder(target: Path, kind: str) -> Iterator[Path]:
     """Write a folder as a whole: into a temporary sibling that takes its place at the end.
@@ -82,7 +115,7 @@ def atomic_folder(target: Path, kind: str) -> Iterator[Path]:
         InputError: The target exists and is not ours to replace, or cannot be created.
     """
     shown, target = target, target.resolve()
-    _refuse_others(shown, target, kind)
+    check_replaceable(shown, kind)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -120,34 +153,6 @@ def atomic_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
     finally:
         for source in partial:
             source.unlink(missing_ok=True)
-
-
-def _refuse_others(shown: Path, target: Path, kind: str) -> None:
-    """Refuse to replace what is not ours, or cannot be renamed.
-
-    Raises:
-        InputError: The message names what is in the way.
-    """
-    if not target.exists():
-        return
-    other = "Name another folder, or remove it yourself."
-    if not target.is_dir():
-        raise InputError(f"{shown} is a file, where a folder shall be written.", other)
-    if target.is_mount() or Path.cwd().is_relative_to(target):
-        raise InputError(f"{shown} cannot be replaced as a whole: it is in use.", "Name a folder in it.")
-    if not any(target.iterdir()):
-        return
-    manifest = _manifest(target)
-    if manifest is None or manifest.get("kind", kind) != kind:
-        holds = "" if manifest is None else f" ({manifest['kind']!r})"
-        raise InputError(f"{shown} exists{holds} and is not {_called(kind)} to replace.", other)
-    listed = manifest.get("files", {})
-    for path in sorted(path for path in target.rglob("*") if path.is_file()):
-        name = path.relative_to(target).as_posix()
-        if listed and not (name in listed or any(path.match(own) for own in OWN)):
-            raise InputError(
-                f"{shown} holds {name}, which is no part of it and would be deleted.", "Move it elsewhere."
-            )
 
 
 def _called(kind: str) -> str:
