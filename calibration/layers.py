@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reelrt.calibration.qdq import quantisable
+from reelrt.calibration.qdq import QUANTISABLE, quantisable
 
 if TYPE_CHECKING:
     import onnx
@@ -22,7 +22,12 @@ THROUGH = ("Transpose", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Cast")
 """What may stand between a weight and the node that multiplies by it."""
 
 KEPT: Mapping[str, Sequence[str]] = {
-    "unet3d": (r"\.time1\.weight", r"\.time2\.weight", r"\.conv_in\.weight", r"\.conv_out\.weight"),
+    "unet3d": (
+        r"\.conv_in\.weight",
+        r"\.conv_out\.weight",
+        r"\.transformer_in\.proj_(in|out)\.weight",
+        r"\.spatial\..*\.attn2\.attention",
+    ),
 }
 """Family to patterns of the layers that stay in FP32 by default; benchmarks/results/int8-sensitivity.json
 is the measurement that they come from."""
@@ -36,7 +41,7 @@ class Layer:
     """Nodes that are quantised together.
 
     Attributes:
-        name: The first node's weight; for an attention's products, `<first node>.attention`.
+        name: The first node's weight; for an attention's products, `<attention>.attention`.
         nodes: Their names.
         kind: `Conv`, `MatMul`, ... or `attention`.
     """
@@ -65,7 +70,7 @@ def find_layers(graph: onnx.GraphProto) -> list[Layer]:
     layers = []
     for members in groups.values():
         weight, first = members[0]
-        name = weight or f"{first.name}.attention"
+        name = weight or f"{_query(first, makers, weights).removesuffix('.to_q.weight')}.attention"
         kind = first.op_type if weight else "attention"
         layers.append(Layer(name, tuple(node.name for _, node in members), kind))
     return layers
@@ -88,6 +93,19 @@ def _attention(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto], group
         elif maker.op_type not in ("MatMul", "Gemm", "Conv"):
             waiting.append(maker.input[0])
     return f"attention of {node.name}"
+
+
+def _query(scores: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto], weights: Mapping[str, str]) -> str:
+    """The weight that made an attention's queries; the node's own name where none is found."""
+    name = scores.input[0]
+    for _ in range(16):
+        maker = makers.get(name)
+        if maker is None:
+            break
+        if maker.op_type in QUANTISABLE:
+            return next((weights[each] for each in maker.input[:2] if each in weights), scores.name)
+        name = maker.input[0]
+    return scores.name
 
 
 def kept_by_default(layers: Sequence[Layer], family: str) -> list[str]:

@@ -124,6 +124,7 @@ def save(model: onnx.ModelProto, path: Path) -> int:
         location=f"{path.name}.data",
         size_threshold=1024,
     )
+    path.with_name(f"{path.name}.data").chmod(path.stat().st_mode)  # onnx hides it from other users
     return weight_bytes(path)
 
 
