@@ -26,8 +26,8 @@ JETSON := $(wildcard /etc/nv_tegra_release)
 NVIDIA := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 DEVICE_EXTRA := $(if $(JETSON),tensorrt,$(if $(filter-out 0,$(NVIDIA))$(filter-out host,$(TARGET)),rtx))
 comma := ,
-# What a bundle has to be calibrated for, of the precisions that engines can have.
-CALIBRATED := $(filter int8 int8-weights,$(PRECISION))
+# What a bundle has to be calibrated for first.
+CALIBRATED := $(filter int8,$(PRECISION))
 RUN_EXTRAS := export$(if $(DEVICE_EXTRA),$(comma)$(DEVICE_EXTRA))$(if $(CALIBRATED),$(comma)calibration)
 TEST_EXTRAS := export,rtx,calibration,dev
 # Processes that run tests beside each other; most tests keep one core busy.

@@ -26,6 +26,7 @@ KEPT: Mapping[str, Sequence[str]] = {
         r"\.conv_in\.weight",
         r"\.conv_out\.weight",
         r"\.transformer_in\.proj_(in|out)\.weight",
+        r"\.resnet\.shortcut\.weight",
         r"\.spatial\..*\.attn2\.attention",
     ),
 }
