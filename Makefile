@@ -51,7 +51,7 @@ video: $(RUN_READY) ## A video: PROMPT="..." OUT=red.mp4 STEPS= SEED= MODEL= PRE
 		$(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") $(SIZES) -- "$$REELRT_PROMPT"
 
 .PHONY: engines
-engines: $(RUN_READY) ## Engines: MODEL= TARGET=host|rtx3060|orin-agx|... PRECISION=fp32|fp16|int8 SIZE=WxH FRAMES= OUT=
+engines: $(RUN_READY) ## Engines: MODEL= TARGET=host|rtx3060|orin-agx|... PRECISION=fp32|fp16|int8|int8-weights SIZE=WxH FRAMES= OUT=
 	@$(call make_engines,$(or $(OUT),$(HOME_OF_MODEL)/engines$(if $(DEVICE_EXTRA),-$(TARGET))),$(TARGET),auto)
 
 .PHONY: test

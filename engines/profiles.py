@@ -14,7 +14,7 @@ MAX_TABLE_ROWS = 200
 """100 steps of split guidance, which take two rows each."""
 DECODER_FRAMES = 4
 """Latent frames per call of the decoder: enough to keep a device busy, little enough to fit one."""
-LARGEST_SIDE, MOST_FRAMES, MOST_VIDEOS = 8192, 1024, 64
+LARGEST_SIDE, MOST_FRAMES, MOST_VIDEOS = 32768, 1024, 64
 """Beyond these no device has the memory; a slip of the finger is told at once."""
 SMALLEST_CELLS = 2
 """A graph with dynamic axes is exported for sizes from 2 up; torch sets 1 apart."""

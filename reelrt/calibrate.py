@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from reelrt.console import Debug, Json, command, note, progress_bars, show
+from reelrt.errors import InputError
 
 if TYPE_CHECKING:
     from reelrt.bundle.manifest import Bundle
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 REQUEST = "calibration-request.json"
 """What a bundle was calibrated with, beside it, so that the same request is done already."""
 
-Precision = Literal["int8", "fp16"]
+Precision = Literal["int8", "int8-weights", "fp16"]
 Method = Literal["percentile", "entropy", "max"]
 
 
@@ -61,12 +62,16 @@ def calibrate(
     debug: Debug = False,
 ) -> None:
     """Run real prompts through the real loop, and make an INT8 or FP16 bundle of what they show."""
+    from reelrt.bundle.files import check_replaceable
     from reelrt.bundle.manifest import Bundle
     from reelrt.calibration.prompt_sets import default_prompts, read_prompts, warn_if_alike
     from reelrt.calibration.trajectories import estimate_bytes, record
 
     began = time.monotonic()
     source = Bundle.load(bundle)
+    if output.resolve() == bundle.resolve():
+        raise InputError(f"{output} is the bundle itself.", "Name another folder to write to.")
+    check_replaceable(output, Bundle.kind)
     words = read_prompts(prompts) if prompts else default_prompts(source.pipeline.model.name)
     request = {
         "bundle": source.sha256,
@@ -123,8 +128,12 @@ def _calibrate(
 
         calibrate_fp16(bundle, trajectories, output, error=request["error"], progress=progress)
         return _read(output)
-    from reelrt.calibration.bundles import calibrate_int8
+    from reelrt.calibration.bundles import calibrate_int8, calibrate_weights
 
+    if request["precision"] == "int8-weights":
+        from reelrt.engines.weight_only import quantize_weights
+
+        return calibrate_weights(bundle, trajectories, output, quantize_weights, progress=progress).report
     return calibrate_int8(
         bundle,
         trajectories,

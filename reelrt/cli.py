@@ -39,7 +39,7 @@ app.add_typer(evaluate)
 app.command(epilog=EPILOG)(plan)
 
 Precision = Literal["fp32", "fp16"]
-EnginePrecision = Literal["fp32", "fp16", "int8"]
+EnginePrecision = Literal["fp32", "fp16", "int8", "int8-weights"]
 Cfg = Literal["split", "batched"]
 Backend = Literal["auto", "onnxruntime", "tensorrt_rtx", "tensorrt"]
 

@@ -154,7 +154,7 @@ CASES = [
     (
         ("build", "bundle", "-o", "new", "--size", "100000x32"),
         2,
-        "width 100000 is not available: this model takes multiples of 2 pixels from 4 to 8192",
+        "width 100000 is not available: this model takes multiples of 2 pixels from 4 to 32768",
     ),
     (generate("--steps", "abc"), 2, "Invalid value for '--steps'.*See `reelrt generate --help`"),
     (("build", "bundle", "-o", "new", "--backend", "foo"), 2, "'foo' is not one of 'auto'"),

@@ -174,7 +174,7 @@ def test_a_damaged_bundle_is_refused(bundle, tmp_path):
     [
         (
             {"size": (40, 32)},
-            r"width 40 is not available: .*pixels from 16 to 8192.* 32 or 48",
+            r"width 40 is not available: .*pixels from 16 to 32768.* 32 or 48",
         ),
         ({"size": (32, 0)}, r"height 0 is not available"),
         ({"frames": 1}, r"frames 1 is not available: this model takes 2 to 1024"),

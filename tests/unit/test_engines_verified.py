@@ -147,7 +147,8 @@ def test_an_fp16_engine_without_fp16_in_the_inspectors_view_is_an_error(bundle, 
 
 def test_int8_that_onnx_runtime_runs(bundle, tmp_path):
     whole = quantised(bundle, tmp_path / "bundle", ["projection"], stage="text_encoder")
-    engine = build_engines(whole, tmp_path / "engines", backend="onnxruntime").engines["text_encoder"]
+    engines = build_engines(whole, tmp_path / "engines", backend="onnxruntime", quality_gate=False)
+    engine = engines.engines["text_encoder"]
     assert engine.precision == "int8"
     assert engine.layers["linear"]["int8"]["count"] == 1
     assert 32 * 32 <= engine.layers["linear"]["int8"]["weight_bytes"] < 4 * 32 * 32
@@ -158,7 +159,7 @@ def test_int8_of_which_onnx_runtime_runs_nothing_is_an_error(int8, tmp_path):
     # With no QuantizeLinear behind it a convolution falls back: stored as INT8, multiplied in FP32.
     match = r"step is called INT8, but onnxruntime runs none .* convolution 2 int8_weights"
     with pytest.raises(BackendError, match=match):
-        build_engines(int8, tmp_path / "engines", backend="onnxruntime")
+        build_engines(int8, tmp_path / "engines", backend="onnxruntime", quality_gate=False)
     assert not (tmp_path / "engines").exists()
 
 
@@ -179,7 +180,9 @@ def test_a_precision_that_a_bundle_cannot_give_is_refused(bundle, tmp_path, prec
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_int8_weights_do_not_become_floating_point_again(int8, tmp_path, precision):
     with pytest.raises(InputError, match="holds int8 weights"):
-        build_engines(int8, tmp_path / "engines", backend="onnxruntime", precision=precision)
+        build_engines(
+            int8, tmp_path / "engines", backend="onnxruntime", precision=precision, quality_gate=False
+        )
 
 
 @needs_rtx
@@ -206,7 +209,7 @@ def test_a_parsed_network_may_have_the_listed_convolutions_in_fp32_and_only_thos
 
 @needs_rtx
 def test_tensorrt_rtx_builds_int8_with_fp16_around_it(int8, tmp_path):
-    engines = build_engines(int8, tmp_path / "engines", target="rtx3060", batch=1)
+    engines = build_engines(int8, tmp_path / "engines", target="rtx3060", batch=1, quality_gate=False)
     assert {name: engine.precision for name, engine in engines.engines.items()} == {
         "text_encoder": "fp16",
         "step": "int8",
