@@ -6,8 +6,10 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-BUNDLE ?= build/bundle
 MODEL ?= models/moving-shapes
+# Another model than the bundled one has a folder of its own, so that neither is built over the other.
+HOME_OF_MODEL := build$(if $(filter-out models/moving-shapes,$(MODEL)),/$(notdir $(abspath $(MODEL))))
+BUNDLE ?= $(HOME_OF_MODEL)/bundle
 TARGET ?= host
 
 # A prompt reaches the command through the environment, letter for letter: neither make nor the
@@ -24,8 +26,10 @@ JETSON := $(wildcard /etc/nv_tegra_release)
 NVIDIA := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 DEVICE_EXTRA := $(if $(JETSON),tensorrt,$(if $(filter-out 0,$(NVIDIA))$(filter-out host,$(TARGET)),rtx))
 comma := ,
-RUN_EXTRAS := export$(if $(DEVICE_EXTRA),$(comma)$(DEVICE_EXTRA))
-TEST_EXTRAS := export,rtx,dev
+# What a bundle has to be calibrated for first.
+CALIBRATED := $(filter int8,$(PRECISION))
+RUN_EXTRAS := export$(if $(DEVICE_EXTRA),$(comma)$(DEVICE_EXTRA))$(if $(CALIBRATED),$(comma)calibration)
+TEST_EXTRAS := export,rtx,calibration,dev
 # Processes that run tests beside each other; most tests keep one core busy.
 WORKERS ?= 2
 
@@ -38,17 +42,17 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help
 help: ## List what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 .PHONY: video
 video: $(RUN_READY) ## A video: PROMPT="..." OUT=red.mp4 STEPS= SEED= MODEL= PRECISION= SIZE= FRAMES=
-	@$(call make_engines,build/engines,host,onnxruntime)
-	@$(BIN)/reelrt generate build/engines -o "$(or $(OUT),build/video.mp4)" \
+	@$(call make_engines,$(HOME_OF_MODEL)/engines,host,onnxruntime)
+	@$(BIN)/reelrt generate "$(HOME_OF_MODEL)/engines" -o "$(or $(OUT),build/video.mp4)" \
 		$(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") $(SIZES) -- "$$REELRT_PROMPT"
 
 .PHONY: engines
-engines: $(RUN_READY) ## Engines: MODEL= TARGET=host|rtx3060|orin-agx|... PRECISION=fp32|fp16 SIZE=WxH FRAMES= OUT=
-	@$(call make_engines,$(or $(OUT),build/engines$(if $(DEVICE_EXTRA),-$(TARGET))),$(TARGET),auto)
+engines: $(RUN_READY) ## Engines: MODEL= TARGET=host|rtx3060|orin-agx|... PRECISION=fp32|fp16|int8 SIZE=WxH FRAMES= OUT=
+	@$(call make_engines,$(or $(OUT),$(HOME_OF_MODEL)/engines$(if $(DEVICE_EXTRA),-$(TARGET))),$(TARGET),auto)
 
 .PHONY: test
 test: lint ## Check the style and run every test that needs no GPU
@@ -65,14 +69,19 @@ lint: $(TEST_READY) ## ruff, mypy, and who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+.PHONY: bench-memory
+bench-memory: $(TEST_READY) ## Peak GPU memory of an ms-1.7b-size model on an RTX 3060; no GPU needed, some 20 minutes
+	$(BIN)/python -m benchmarks.memory
+
 .PHONY: clean
 clean: ## Remove what was built, but not the environment
-	rm -rf build/lib build/bdist.* build/bundle build/engines build/engines-* build/video.mp4 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf build/lib build/bdist.* build/bundle build/bundle-* build/engines build/engines-* build/video.mp4 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # $(1) the engine set's folder, $(2) target, $(3) backend. Both commands keep what is up to date.
 define make_engines
 $(BIN)/reelrt export "$(MODEL)" -o "$(BUNDLE)"; \
-$(BIN)/reelrt build "$(BUNDLE)" -o "$(1)" --target "$(2)" --backend "$(3)" \
+$(if $(CALIBRATED),$(BIN)/reelrt calibrate "$(BUNDLE)" -o "$(BUNDLE)-$(PRECISION)" --precision "$(PRECISION)";) \
+$(BIN)/reelrt build "$(BUNDLE)$(CALIBRATED:%=-%)" -o "$(1)" --target "$(2)" --backend "$(3)" \
 	$(if $(PRECISION),--precision "$(PRECISION)") $(SIZES)
 endef
 SIZES = $(if $(SIZE),--size "$(SIZE)") $(if $(FRAMES),--frames "$(FRAMES)")

@@ -124,16 +124,20 @@ def export(model: Path, bundle: Path, precision: Precision) -> None:
     print(json.dumps(stages))
 
 
-def worker(*words: object) -> tuple[str, int, float]:
-    """Run this module's other half in a process of its own.
+def worker(*words: object, module: str = "benchmarks.export_memory") -> tuple[str, int, float]:
+    """Run a benchmark's other half in a process of its own.
 
     This process stays small: a child's peak starts from its parent's.
+
+    Args:
+        words: Of its command line.
+        module: The benchmark.
 
     Returns:
         The last line it prints, its peak resident set size in bytes, and seconds.
     """
     began = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.export_memory", *map(str, words)]
+    command = [sys.executable, "-m", module, *map(str, words)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         lines = process.stdout.read().splitlines()

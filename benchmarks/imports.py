@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-IMPORTS = ("import reelrt.runtime", "import reelrt; reelrt.load", "import reelrt.runtime.ort")
+IMPORTS = (
+    "import reelrt.runtime",
+    "import reelrt; reelrt.load",
+    "import reelrt; reelrt.load; import reelrt.runtime.ort",
+)
 EXPORTERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "polygraphy")
 IMPORT_SCRIPT = """
 import json, sys, time

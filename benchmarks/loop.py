@@ -13,8 +13,8 @@ Three questions, each with its goal:
   torch's threads wait for work decides how fast diffusers is on an idle machine, so it is measured
   both ways: awake, which is the default and keeps the cores busy between two operators, and asleep
   (`OMP_WAIT_POLICY=PASSIVE`), which leaves them to whoever else needs them.
-- Import: `import reelrt.runtime` in an environment that holds the runtime's dependencies and nothing
-  else, at most 0.3 s, and no torch.
+- Import: `import reelrt.runtime` with all that `reelrt.load` needs, ONNX Runtime too, in an environment
+  that holds the runtime's dependencies and nothing else, at most 0.3 s, and no torch.
 
 Medians of several runs. Run it on a machine that does nothing else. The last line on stdout is JSON;
 the exit code is 1 when a goal is missed.
@@ -41,7 +41,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.imports import IMPORTS, measure_imports
+from benchmarks.imports import measure_imports
 from benchmarks.machine import machine
 from benchmarks.operators import MULTIPLYING, profile_pass
 from reelrt.jetson.device import detect
@@ -264,9 +264,10 @@ def goals(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
             speed = min(runs[order]["ratio"] for order in ORDERS)
             what = f"times faster than diffusers, threads wait {waiting}"
             found[what] = _goal(speed, SPEED_GOAL, speed >= SPEED_GOAL)
-    told = result["imports"]["statements"][IMPORTS[0]]
-    light = told["seconds"] <= IMPORT_GOAL and not told["exporters_loaded"]
-    found["seconds to import reelrt.runtime"] = _goal(told["seconds"], IMPORT_GOAL, light)
+    told = result["imports"]["statements"].values()  # the slowest: an empty package imports at once
+    seconds = max(each["seconds"] for each in told)
+    light = seconds <= IMPORT_GOAL and not any(each["exporters_loaded"] for each in told)
+    found["seconds to import reelrt.runtime with its backend"] = _goal(seconds, IMPORT_GOAL, light)
     return found
 
 

@@ -6,16 +6,17 @@ engine set is what `reelrt build` makes of it for one device. Knows neither ONNX
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, TypeVar
 
-from reelrt.bundle.files import hash_folder, sha256, verify
-from reelrt.bundle.schedule import Cfg, Schedules
-from reelrt.bundle.spec import Geometry, Range, StageSpec
+from reelrt.bundle.files import OWN, hash_folder, sha256, verify
+from reelrt.bundle.schedule import CFGS, Cfg, Schedules
+from reelrt.bundle.spec import Geometry, Range, StageSpec, is_whole
 from reelrt.errors import IntegrityError
 
 SCHEMA = 1
@@ -23,6 +24,7 @@ MANIFEST = "manifest.json"
 SCHEDULES = "schedules.safetensors"
 TOKENIZER = "tokenizer.json"
 MAX_STEPS = 100
+STAGES = ("text_encoder", "step", "vae_decoder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,12 @@ class Pipeline:
     end_token: int
     pad_token: int
 
+    def __post_init__(self) -> None:
+        """Refuse what a damaged manifest may hold; raises ValueError."""
+        whole = (self.start_token, self.end_token, self.pad_token)
+        if not (self.cfg in CFGS and isinstance(self.guidance, int | float) and all(map(is_whole, whole))):
+            raise ValueError("cfg, guidance or a token is none")
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Pipeline:
         """The inverse of `dataclasses.asdict`."""
@@ -80,14 +88,16 @@ class Stage:
     Attributes:
         spec: Its boundary.
         file: ONNX file, relative to the bundle; external data stand beside it.
-        precision: `fp32` or `fp16`: the type of its weights.
+        precision: `fp32`, `fp16` or `int8`: the type of its weights.
         weight_bytes: Size of its weights.
+        keep_fp32: Layers that stay FP32 in an engine of less precision, as the FP16 audit found.
     """
 
     spec: StageSpec
     file: str
     precision: str
     weight_bytes: int
+    keep_fp32: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +115,10 @@ class Engine:
         activation_bytes: As the builder reports it, at the profile's largest sizes; 0 when the
             backend does not say before it runs.
         build_seconds: How long the build took.
+        layers: Layer class to precision to `count` and `weight_bytes`, as the built graph's types say;
+            empty in engine sets of older versions.
+        inspected: Layer type to precision to number of layers, as TensorRT's engine inspector says of
+            the finished engine; empty where it was built without a GPU.
     """
 
     spec: StageSpec
@@ -116,6 +130,8 @@ class Engine:
     weight_bytes: int
     activation_bytes: int
     build_seconds: float
+    layers: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
+    inspected: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +164,7 @@ class Bundle:
                 "file": stage.file,
                 "precision": stage.precision,
                 "weight_bytes": stage.weight_bytes,
+                **({"keep_fp32": list(stage.keep_fp32)} if stage.keep_fp32 else {}),
             }
             for name, stage in self.stages.items()
         }
@@ -165,9 +182,15 @@ class Bundle:
             IntegrityError: Not a bundle, of an unknown schema, or damaged.
         """
         with _complete(folder):
-            data = _read(cls, folder, check)
+            data = _read(cls, folder, "stages", check)
             stages = {
-                name: Stage(**{**stage, "spec": StageSpec.from_json(stage["spec"])})
+                name: Stage(
+                    **{
+                        **stage,
+                        "spec": StageSpec.from_json(stage["spec"]),
+                        "keep_fp32": tuple(stage.get("keep_fp32", ())),
+                    }
+                )
                 for name, stage in data["stages"].items()
             }
             return cls(folder, Pipeline.from_json(data["pipeline"]), stages, data["files"], data["reelrt"])
@@ -186,6 +209,8 @@ class EngineSet:
         target: The target's name: `host`, `rtx3060`, ...
         compute_capability: `8.6`, say; empty for a CPU.
         engines: Stage name to engine.
+        quality: What the bundle's quality report says of it; see `reelrt.bundle.report.Report.summary`.
+            Empty when there was none and none was needed.
         files: Path to hex SHA-256.
     """
 
@@ -199,6 +224,7 @@ class EngineSet:
     target: str
     compute_capability: str
     engines: Mapping[str, Engine]
+    quality: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     version: str = ""
 
@@ -220,6 +246,7 @@ class EngineSet:
             "backend_version": self.backend_version,
             "target": self.target,
             "compute_capability": self.compute_capability,
+            "quality": dict(self.quality),
         }
         _write(self, version, {**head, "pipeline": asdict(self.pipeline), "engines": engines})
 
@@ -235,11 +262,13 @@ class EngineSet:
             IntegrityError: Not an engine set, of an unknown schema, or damaged.
         """
         with _complete(folder):
-            data = _read(cls, folder, check)
+            data = _read(cls, folder, "engines", check)
             engines = {}
             for name, engine in data["engines"].items():
                 profile = {axis: Range(**extent) for axis, extent in engine["profile"].items()}
                 spec = StageSpec.from_json(engine["spec"])
+                if missing := set(spec.axes) - set(profile):
+                    raise ValueError(f"the profile of {name} lacks {', '.join(sorted(missing))}")
                 engines[name] = Engine(**{**engine, "spec": spec, "profile": profile})
             return cls(
                 folder=folder,
@@ -250,6 +279,7 @@ class EngineSet:
                 target=data["target"],
                 compute_capability=data["compute_capability"],
                 engines=engines,
+                quality=data.get("quality", {}),
                 files=data["files"],
                 version=data["reelrt"],
             )
@@ -277,13 +307,34 @@ def _complete(folder: Path) -> Iterator[None]:
     """Name the manifest that lacks an entry or holds one of another kind."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         fault = f"{type(error).__name__}: {error}"
         message = f"{folder / MANIFEST} is incomplete or damaged ({fault})."
         raise IntegrityError(message, "Build this folder again.") from error
 
 
-def _read(kind: type[Folder], folder: Path, check: bool) -> dict[str, Any]:
+def _check_names(folder: Path, files: Mapping[str, str], parts: Mapping[str, Any]) -> None:
+    """Refuse a manifest that names files elsewhere, or not all that are used.
+
+    Raises:
+        ValueError: The message names the file.
+    """
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+            raise ValueError(f"{name!r} is not a file in this folder")
+    if missing := set(STAGES) - set(parts):
+        raise ValueError(f"{', '.join(sorted(missing))} is missing")
+    graphs = [str(part["file"]) for part in parts.values()]
+    around = [path for graph in graphs for path in folder.glob(f"{glob.escape(graph)}*")]
+    beside = [path.name for path in around if not any(path.match(own) for own in OWN)]
+    shared = [name for name in (SCHEDULES, TOKENIZER) if (folder / name).exists()]
+    for name in (*graphs, *beside, *shared):
+        if name not in files:
+            raise ValueError(f"{name!r} has no hash")
+
+
+def _read(kind: type[Folder], folder: Path, parts: str, check: bool) -> dict[str, Any]:
+    """A manifest's content; `parts` is the entry that lists stages or engines."""
     path = folder / MANIFEST
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -291,7 +342,7 @@ def _read(kind: type[Folder], folder: Path, check: bool) -> dict[str, Any]:
     except FileNotFoundError as error:
         hint = {"bundle": "`reelrt export`", "engines": "`reelrt build` or `make engines`"}[kind.kind]
         raise IntegrityError(f"{folder} has no {MANIFEST}.", f"Make it with {hint}.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{path} cannot be read: {error}.", "Build this folder again.") from error
     if found != kind.kind:
         raise IntegrityError(f"{folder} holds {found!r}, where {kind.kind!r} is needed.")
@@ -299,6 +350,7 @@ def _read(kind: type[Folder], folder: Path, check: bool) -> dict[str, Any]:
         raise IntegrityError(
             f"{path} has schema {schema}; this version of reelrt reads {SCHEMA}.", "Build this folder again."
         )
+    _check_names(folder, data["files"], data[parts])
     if check:
         verify(folder, data["files"])
     return dict(data)

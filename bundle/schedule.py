@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,10 @@ from reelrt.errors import IntegrityError, RangeError
 
 Cfg = Literal["split", "batched"]
 """How guidance is computed: two rows of the table one after the other, or one batch of two."""
+CFGS: tuple[str, ...] = get_args(Cfg)
+
+MAX_GUIDANCE = 1000
+"""Largest guidance scale; larger ones leave float32's range."""
 
 ORDERS = "orders"
 """Key of a schedule file's metadata: by solver, how many samples and outputs it looks back to."""

@@ -21,6 +21,11 @@ TABLE_COLUMNS = 3
 """Columns of a schedule table before the state matrix: timestep, input scale, text."""
 
 
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One input or output of a stage.
@@ -127,6 +132,12 @@ class Geometry:
     height: int
     width: int
 
+    def __post_init__(self) -> None:
+        """Refuse what a damaged manifest may hold; raises ValueError."""
+        sizes = {name: getattr(self, name) for name in self.__slots__}
+        if not all(is_whole(size) and size > 0 for size in sizes.values()):
+            raise ValueError(f"the geometry {sizes} has a size that is none")
+
     @property
     def table_columns(self) -> int:
         """K of the step's table [B, S, K]."""
@@ -180,6 +191,12 @@ class Range:
     min: int
     opt: int
     max: int
+
+    def __post_init__(self) -> None:
+        """Refuse what a damaged manifest may hold; raises ValueError."""
+        sizes = (self.min, self.opt, self.max)
+        if not (all(map(is_whole, sizes)) and 0 < self.min <= self.opt <= self.max):
+            raise ValueError(f"{sizes} is not a range of sizes")
 
     def check(self, name: str, value: int, unit: int = 1) -> None:
         """Refuse a size outside the range.

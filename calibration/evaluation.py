@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from reelrt.bundle.files import atomic_files
+from reelrt.bundle.schedule import MAX_GUIDANCE
 from reelrt.calibration.adherence import Adherence, Outcome, check_prompts, measure
 from reelrt.calibration.sheet import Row, contact_sheet, small_frames
 from reelrt.errors import InputError
 from reelrt.progress import Progress
 from reelrt.runtime.noise import check_seed
 from reelrt.runtime.pipeline import load
-from reelrt.runtime.request import MAX_GUIDANCE
 from reelrt.runtime.video import check_writable
 
 SHEET_ROWS = 240

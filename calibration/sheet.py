@@ -56,22 +56,26 @@ def small_frames(frames: Frames) -> Frames:
     return np.stack([np.asarray(picture) for picture in pictures])
 
 
-def contact_sheet(rows: Sequence[Row], columns: int = 2) -> Image:
+def contact_sheet(rows: Sequence[Row], columns: int = 2, title: str = "") -> Image:
     """Draw the sheet.
 
     Args:
         rows: At least one, alike in the number and size of their frames.
         columns: Videos beside each other.
+        title: A line above everything.
     """
     from PIL import Image, ImageDraw
 
     shown, height, width, _ = rows[0].frames.shape
     across, columns = shown * (width + GAP), min(columns, len(rows))
     cell = (across + 3 * GAP, height + TEXT_HEIGHT + 4 * GAP)
-    sheet = Image.new("RGB", (columns * cell[0], -(-len(rows) // columns) * cell[1]), PAPER)
+    head = TEXT_HEIGHT + 2 * GAP if title else 0
+    sheet = Image.new("RGB", (columns * cell[0], head + -(-len(rows) // columns) * cell[1]), PAPER)
     pen = ImageDraw.Draw(sheet)
+    if title:
+        _write(pen, (2 * GAP, GAP), Row(rows[0].frames, title), sheet.width - 4 * GAP)
     for index, row in enumerate(rows):
-        left, top = index % columns * cell[0] + 2 * GAP, index // columns * cell[1] + GAP
+        left, top = index % columns * cell[0] + 2 * GAP, head + index // columns * cell[1] + GAP
         _write(pen, (left, top), row, across)
         top += TEXT_HEIGHT + GAP
         if row.failed:

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reelrt import __version__
-from reelrt.bundle.files import atomic_folder, verify
+from reelrt.bundle.files import atomic_folder, sha256, verify
 from reelrt.bundle.manifest import MANIFEST, Bundle, Engine, EngineSet, Stage
+from reelrt.bundle.report import QUALITY
 from reelrt.bundle.spec import Profile
-from reelrt.engines import backends, profiles, recipe
+from reelrt.engines import backends, memory, profiles, recipe
 from reelrt.engines.backends import Backend
+from reelrt.engines.gate import Passed, check_quality
 from reelrt.engines.worker import run_job
 from reelrt.errors import InputError, IntegrityError
 from reelrt.jetson.device import Device, detect
@@ -29,7 +31,9 @@ from reelrt.progress import Progress, silent
 
 log = logging.getLogger("reelrt")
 
-PRECISIONS = ("fp32", "fp16")
+QUANTISED = ("int8", "int8-weights")
+"""What a calibration makes; `int8-weights` multiplies in floating point."""
+PRECISIONS = ("fp32", "fp16", *QUANTISED)
 CPU_BATCH = 4
 
 
@@ -43,6 +47,8 @@ def build_engines(
     size: tuple[int, int] | None = None,
     frames: int | None = None,
     batch: int | None = None,
+    check_memory: bool = True,
+    quality_gate: bool = True,
     progress: Progress = silent,
 ) -> EngineSet:
     """Build the engines of a bundle for one device; what is built already is kept.
@@ -52,12 +58,16 @@ def build_engines(
         output: The engine set to write. An engine of it with the same cache key is kept.
         backend: `onnxruntime`, `tensorrt_rtx`, `tensorrt`, or `auto` for what suits the target.
         target: A name of `reelrt.jetson.targets`, or `host` for this machine.
-        precision: `fp32` or `fp16`. Default: the bundle's for ONNX Runtime, else `fp16`.
+        precision: `fp32`, `fp16`, or `int8` or `int8-weights` for a bundle with such stages, whose
+            others take the default. Default: the bundle's for ONNX Runtime and for quantised stages,
+            else `fp16`.
         size: (width, height) in pixels: the largest video, which engines are tuned for. Smaller
             ones are accepted too. Default: the model's own.
         frames: Most frames. Default: the model's own.
         batch: Most videos at once. Default: 4 on a CPU, where it costs nothing; on a GPU 1, from
             8 GiB on 2, from 16 GiB on 4.
+        check_memory: Whether to refuse, before building, what does not fit the memory of a GPU target.
+        quality_gate: Whether an INT8 bundle needs a quality report that it passes.
         progress: Told of one stage at a time.
 
     Returns:
@@ -66,15 +76,20 @@ def build_engines(
     Raises:
         InputError: An unknown name, or a target that cannot be built for here.
         RangeError: A size, frame count or batch the model cannot make.
-        IntegrityError: The bundle is damaged.
+        PlanError: The target has too little memory; the message says what would fit.
+        IntegrityError: The bundle is damaged, or its quality report cannot be read.
+        QualityError: An INT8 bundle has no quality report, another bundle's, or one that it fails.
         BackendError: The backend is not installed, or fails.
     """
     device = detect()
     library, aim = backends.choose(backend, target, device)
     source = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    quality = check_quality(source, quality_gate)
     width, height, count = profiles.check_size(source.pipeline.geometry, size, frames)
     if batch is None:
         batch = CPU_BATCH if library.name == "onnxruntime" else profiles.default_batch(aim.memory_gib)
+    if precision in QUANTISED:
+        _check_quantised(source, precision)
     ranges = profiles.profiles(source.pipeline.geometry, width, height, count, batch)
     plan = {
         name: _planned(source, stage, ranges[name], precision, library, aim, device)
@@ -82,10 +97,13 @@ def build_engines(
     }
     previous = _previous(output)
     kept = {} if previous is None else _kept(previous, plan)
-    if previous is not None and len(kept) == len(plan) and _is_current(previous, source, aim, plan):
+    if previous is not None and len(kept) == len(plan) and _is_current(previous, source, aim, plan, quality):
         log.info("%s is up to date", output)
         return previous
-    with atomic_folder(output) as folder:
+    if check_memory and library.name != "onnxruntime" and aim.memory_gib:
+        video = memory.Video(width, height, count, batch, plan["step"].precision, source.pipeline.cfg)
+        memory.check_fits(memory.Planner(source, aim), video)
+    with atomic_folder(output, EngineSet.kind) as folder:
         engines = {}
         for name, planned in plan.items():
             if name in kept and previous is not None:
@@ -93,7 +111,7 @@ def build_engines(
                 engines[name] = kept[name]
             else:
                 engines[name] = _build(source, planned, folder, progress)
-        _copy_shared(source, folder)
+        _copy_shared(source, folder, quality)
         built = EngineSet(
             folder=folder,
             bundle=source.sha256,
@@ -103,6 +121,7 @@ def build_engines(
             target=aim.name,
             compute_capability=aim.compute_capability,
             engines=engines,
+            quality=quality.summary,
         )
         built.save(__version__)
     return EngineSet.load(output, check=False)
@@ -117,6 +136,8 @@ class Planned:
     precision: str
     profile: Profile
     compute_capability: str
+    keep_fp32: tuple[str, ...]
+    inspect: bool
     fields: Mapping[str, str]
 
     @property
@@ -140,21 +161,27 @@ def _planned(
         InputError: Not a precision, or one that the bundle's weights no longer have.
         BackendError: The backend is not installed.
     """
-    wanted = precision or backend.precision or stage.precision
+    asked = None if precision in QUANTISED else precision
+    own = stage.precision if stage.precision in QUANTISED else backend.precision
+    wanted = asked or own or stage.precision
     if wanted not in PRECISIONS:
         raise InputError(f"precision {wanted!r} is not known.", f"Choose one of {', '.join(PRECISIONS)}.")
     if PRECISIONS.index(wanted) < PRECISIONS.index(stage.precision):
         raise InputError(
             f"{bundle.folder} holds {stage.precision} weights, and {wanted} cannot be made of them.",
-            f"Export the model again with `--precision {wanted}`.",
+            f"Export the model again with `--precision {wanted}`."
+            if stage.precision == "fp16"
+            else "Build from the bundle that was calibrated, or leave --precision out.",
         )
     graph, *weights = _stage_files(bundle, stage)
     on_cpu = backend.name == "onnxruntime"
+    kept = () if wanted == "fp32" or (on_cpu and wanted == stage.precision) else stage.keep_fp32
     fields = {
         "graph": bundle.files[graph],
         "weights": recipe.cache_key({name: bundle.files[name] for name in weights}) if weights else "",
         "profile": profiles.describe_profile(profile),
         "precision": wanted,
+        "fp32_layers": recipe.cache_key(dict.fromkeys(kept, "")) if kept else "",
         "backend": backend.name,
         "backend_version": backends.version(backend),
         "cuda": backends.cuda_version(backend, device),
@@ -162,7 +189,18 @@ def _planned(
         "cpu": f"{device.architecture} {' '.join(device.cpu_features)}" if on_cpu else "",
         "flags": backend.flags,
     }
-    return Planned(stage, backend, wanted, profile, target.compute_capability, fields)
+    gpu = device.gpu.compute_capability if device.gpu else ""
+    inspect = bool(gpu) and gpu == target.compute_capability
+    return Planned(stage, backend, wanted, profile, target.compute_capability, kept, inspect, fields)
+
+
+def _check_quantised(bundle: Bundle, precision: str) -> None:
+    """Raise InputError unless there is a stage of a precision."""
+    if all(stage.precision != precision for stage in bundle.stages.values()):
+        raise InputError(
+            f"{bundle.folder} has no {precision} stage, and building does not make one.",
+            f"Calibrate it first: `reelrt calibrate {bundle.folder} -o INT8_BUNDLE --precision {precision}`.",
+        )
 
 
 def _stage_files(bundle: Bundle, stage: Stage) -> list[str]:
@@ -182,6 +220,8 @@ def _build(bundle: Bundle, planned: Planned, folder: Path, progress: Progress) -
         precision=planned.precision,
         profile=planned.profile,
         compute_capability=planned.compute_capability,
+        keep_fp32=planned.keep_fp32,
+        inspect=planned.inspect,
     )
     began = time.monotonic()
     built = run_job(job, progress)
@@ -195,6 +235,8 @@ def _build(bundle: Bundle, planned: Planned, folder: Path, progress: Progress) -
         weight_bytes=built.weight_bytes,
         activation_bytes=built.activation_bytes,
         build_seconds=round(time.monotonic() - began, 2),
+        layers=built.layers,
+        inspected=built.inspected,
     )
 
 
@@ -228,7 +270,9 @@ def _kept(previous: EngineSet, plan: Mapping[str, Planned]) -> dict[str, Engine]
     return kept
 
 
-def _is_current(previous: EngineSet, bundle: Bundle, target: Target, plan: Mapping[str, Planned]) -> bool:
+def _is_current(
+    previous: EngineSet, bundle: Bundle, target: Target, plan: Mapping[str, Planned], quality: Passed
+) -> bool:
     """Whether a set whose engines are all kept is also the same in everything else."""
     engine_files = {name for engine in previous.engines.values() for name in _files_of(previous, engine)}
     shared = {name: digest for name, digest in previous.files.items() if name not in engine_files}
@@ -236,6 +280,8 @@ def _is_current(previous: EngineSet, bundle: Bundle, target: Target, plan: Mappi
         previous.bundle != bundle.sha256
         or previous.target != target.name
         or set(previous.engines) != set(plan)
+        or previous.quality != quality.summary
+        or previous.files.get(QUALITY) != (sha256(bundle.folder / QUALITY) if quality.attached else None)
     ):
         return False
     try:
@@ -261,10 +307,10 @@ def _link(engines: EngineSet, engine: Engine, folder: Path) -> None:
             shutil.copy2(engines.folder / name, folder / name)
 
 
-def _copy_shared(bundle: Bundle, folder: Path) -> None:
-    """Schedules, tokenizer, model card, licence: all that is no stage's graph or weights."""
+def _copy_shared(bundle: Bundle, folder: Path, quality: Passed) -> None:
+    """Schedules, tokenizer, card, licence, quality report: all that is no stage's graph or weights."""
     graphs = {name for stage in bundle.stages.values() for name in _stage_files(bundle, stage)}
-    for name in bundle.files:
+    for name in [*bundle.files, *([QUALITY] if quality.attached else [])]:
         if name not in graphs:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.folder / name, folder / name)

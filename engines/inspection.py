@@ -13,6 +13,7 @@ from typing import Any
 
 from reelrt.bundle.files import verify
 from reelrt.bundle.manifest import SCHEDULES, Bundle, EngineSet, Pipeline, kind_of
+from reelrt.bundle.report import QUALITY, Report
 from reelrt.bundle.schedule import Schedules
 from reelrt.bundle.spec import Profile, StageSpec, TensorSpec
 from reelrt.errors import IntegrityError, RangeError
@@ -42,6 +43,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
             "file": stage.file,
             "precision": stage.precision,
             "weight_bytes": stage.weight_bytes,
+            "keep_fp32": list(stage.keep_fp32),
             **_boundary(stage.spec, stage.precision),
         }
         for name, stage in bundle.stages.items()
@@ -51,6 +53,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "sha256": bundle.sha256,
         **_common(folder, bundle.pipeline, bundle.files, bundle.version),
+        "quality": _quality(bundle),
         "stages": stages,
     }
 
@@ -64,6 +67,8 @@ def _engine_set(folder: Path) -> dict[str, Any]:
             "weight_bytes": engine.weight_bytes,
             "activation_bytes": engine.activation_bytes,
             "build_seconds": engine.build_seconds,
+            "layers": {name: dict(kinds) for name, kinds in engine.layers.items()},
+            "inspected": {name: dict(kinds) for name, kinds in engine.inspected.items()},
             **_boundary(engine.spec, engine.precision),
             "profile": {axis: asdict(extent) for axis, extent in engine.profile.items()},
             "key": engine.key,
@@ -81,8 +86,18 @@ def _engine_set(folder: Path) -> dict[str, Any]:
         "compute_capability": engines.compute_capability,
         **_common(folder, engines.pipeline, engines.files, engines.version),
         "largest": _largest(engines),
+        "quality": dict(engines.quality),
         "stages": stages,
     }
+
+
+def _quality(bundle: Bundle) -> dict[str, Any]:
+    """What the report beside a bundle says; empty when there is none that is about this bundle."""
+    try:
+        report = Report.load(bundle.folder / QUALITY)
+    except IntegrityError:
+        return {}
+    return report.summary() if report.belongs_to(bundle) else {}
 
 
 def _common(folder: Path, pipeline: Pipeline, files: Mapping[str, str], version: str) -> dict[str, Any]:

@@ -1,53 +1,52 @@
 """An FP32 graph as an FP16 one: the network's nodes change, everything around it stays.
 
-The network is found by what it does, not by names: it is every node between the first and the last
-one that multiplies by weights. What comes before (reading the schedule's table, the timestep's
-sinusoids, scaling the input) and after (the next state, the counter, uint8 frames) stays FP32, with
-casts at the seam. Inputs and outputs follow the stage's spec. Weights are converted one at a time
-from file to file, so a graph of any size fits in memory. Knows no backend.
+What the network is says `reelrt.bundle.layers`; what comes before and after it stays FP32, with casts
+at the seam, and so do the layers that the calibration lists. Of a quantised graph the INT8 weights and
+zero points stay INT8, and the scales take the type of what they scale. Weights are converted one at a
+time from file to file, so a graph of any size fits in memory. Knows no backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from reelrt.bundle.layers import FLOAT_INPUTS, QUANTIZERS, layer_name, network
 from reelrt.bundle.spec import StageSpec
 from reelrt.errors import BackendError
 
 if TYPE_CHECKING:
     import onnx
 
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
-"""Operators that make a node part of the network when a weight is one of their inputs."""
-MIN_WEIGHT = 16
-"""A constant of fewer elements is a factor or an index, not a weight."""
-FLOAT_INPUTS: Mapping[str, tuple[int, ...]] = {"Resize": (1, 2)}
-"""Inputs that stay FP32 whatever the others are: a resize's region and scales."""
-THROUGH = ("Transpose", "Reshape", "Identity", "Cast", "DequantizeLinear", "Unsqueeze", "Squeeze")
-"""What may stand between a weight and the node that multiplies by it."""
 LARGEST = float(np.finfo(np.float16).max)
+INFINITE = 1e30
+"""From here on a constant stands for infinity (a mask's -3.4e38): its FP16 counterpart is the largest."""
 _ALIGNMENT = 64
 
 
-def convert(source: Path, target: Path, spec: StageSpec) -> Path:
+def convert(
+    source: Path, target: Path, spec: StageSpec, *, keep: Collection[str] = (), boundary: str = "fp16"
+) -> Path:
     """Write an FP16 version of a stage's FP32 graph.
 
     Args:
         source: The FP32 graph, its weights inside or beside it.
         target: The graph to write; its weights go beside it, into `<target>.data`.
-        spec: The stage's boundary: inputs and outputs of dtype `model` become float16.
+        spec: The stage's boundary.
+        keep: Names of layers that stay FP32.
+        boundary: Precision of the engine: with `fp16` inputs and outputs of dtype `model` become
+            float16, else they stay as they are.
 
     Returns:
         The target.
 
     Raises:
-        BackendError: onnx is not installed, the graph is not a flat one, or a weight has no FP16
-            counterpart.
+        BackendError: onnx is not installed, the graph is not a flat one or lacks a layer to keep, or
+            a weight has no FP16 counterpart.
     """
     try:
         import onnx
@@ -63,9 +62,19 @@ def convert(source: Path, target: Path, spec: StageSpec) -> Path:
         )
     inferred = onnx.shape_inference.infer_shapes(model)
     floats = _float_tensors(inferred.graph)
-    region = _network(model.graph, spec)
+    if missing := set(keep) - {layer_name(node) for node in model.graph.node}:
+        raise BackendError(
+            f"{source.name} has no layer {min(missing)}, which shall stay FP32.",
+            "Calibrate this bundle again: the list belongs to another graph.",
+        )
+    region = network(model.graph, spec, keep)
+    halves = {
+        name
+        for name, tensor in {**spec.inputs, **spec.outputs}.items()
+        if tensor.dtype == "model" and boundary == "fp16"
+    }
     with target.with_name(f"{target.name}.data").open("wb") as data:
-        _rewrite(model.graph, region, floats, spec, _Weights(source.parent, data))
+        _rewrite(model.graph, region, floats, halves, Weights(source.parent, data))
     onnx.save(model, str(target))
     return target
 
@@ -79,69 +88,33 @@ def _float_tensors(graph: onnx.GraphProto) -> set[str]:
     return names | {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
 
 
-def _network(graph: onnx.GraphProto, spec: StageSpec) -> set[int]:
-    """Indices of the nodes that become FP16."""
-    weights = {t.name for t in graph.initializer if int(np.prod(t.dims)) >= MIN_WEIGHT}
-    makers: dict[str, int] = {}
-    users: dict[str, list[int]] = {}
-    weighted = set()
-    for index, node in enumerate(graph.node):
-        if node.op_type in THROUGH and node.input[0] in weights:
-            weights.update(node.output)
-        elif node.op_type in WEIGHTED and any(name in weights for name in node.input):
-            weighted.add(index)
-        makers.update(dict.fromkeys(node.output, index))
-        for name in node.input:
-            users.setdefault(name, []).append(index)
+class Weights:
+    """Reads weights wherever they are and appends what becomes of them to one file.
 
-    def before(tensors: Iterable[str]) -> set[int]:
-        return _reach(tensors, lambda name: [makers[name]] if name in makers else [], graph, forward=False)
-
-    def after(tensors: Iterable[str]) -> set[int]:
-        return _reach(tensors, lambda name: users.get(name, []), graph, forward=True)
-
-    upstream = before(name for index in weighted for name in graph.node[index].input) | weighted
-    downstream = after(name for index in weighted for name in graph.node[index].output) | weighted
-    network = upstream & downstream
-    model_inputs = [name for name, tensor in spec.inputs.items() if tensor.dtype == "model"]
-    model_outputs = [name for name, tensor in spec.outputs.items() if tensor.dtype == "model"]
-    network |= after(model_inputs) & upstream
-    network |= before(model_outputs) & downstream
-    # A weight's own transpose is converted with it.
-    network |= {i for i, n in enumerate(graph.node) if n.op_type in THROUGH and n.input[0] in weights}
-    return network
-
-
-def _reach(tensors: Iterable[str], step: object, graph: onnx.GraphProto, *, forward: bool) -> set[int]:
-    """Nodes reached from tensors, following makers (backwards) or users (forwards)."""
-    assert callable(step)
-    found: set[int] = set()
-    waiting = list(tensors)
-    while waiting:
-        for index in step(waiting.pop()):
-            if index not in found:
-                found.add(index)
-                node = graph.node[index]
-                waiting.extend(node.output if forward else node.input)
-    return found
-
-
-class _Weights:
-    """Reads FP32 weights wherever they are and appends their FP16 versions to one file."""
+    Args:
+        folder: Where the source graph's external data lies.
+        data: The file beside the new graph; the caller closes it.
+    """
 
     def __init__(self, folder: Path, data: BinaryIO) -> None:
         self._folder, self._data = folder, data
 
-    def copy(self, tensor: onnx.TensorProto, half: bool) -> onnx.TensorProto:
+    def copy(self, tensor: onnx.TensorProto, half: bool, is_scale: bool = False) -> onnx.TensorProto:
         """A tensor, halved or as it is, that lies in the new file."""
-        from onnx import TensorProto
-
-        values = self._read(tensor)
+        values = self.read(tensor)
         if half:
             values = _halved(values, tensor.name)
+        if half and is_scale:  # a channel of zeros may have a scale that FP16 would make 0
+            values = np.maximum(values, np.finfo(np.float16).smallest_subnormal)
+        return self.write(tensor.name, values)
+
+    def write(self, name: str, values: npt.NDArray[Any]) -> onnx.TensorProto:
+        """A tensor of these values that lies in the new file."""
+        from onnx import TensorProto, helper
+
         new = TensorProto()
-        new.name, new.data_type = tensor.name, TensorProto.FLOAT16 if half else tensor.data_type
-        new.dims.extend(tensor.dims)
+        new.name, new.data_type = name, helper.np_dtype_to_tensor_dtype(values.dtype)
+        new.dims.extend(values.shape)
         if values.nbytes < 1024:
             new.raw_data = values.tobytes()
             return new
@@ -157,7 +130,8 @@ class _Weights:
         np.ascontiguousarray(values).tofile(self._data)
         return new
 
-    def _read(self, tensor: onnx.TensorProto) -> npt.NDArray[np.generic]:
+    def read(self, tensor: onnx.TensorProto) -> npt.NDArray[Any]:
+        """A tensor's values, mapped when they lie in a file."""
         from onnx import TensorProto, helper, numpy_helper
 
         if tensor.data_location != TensorProto.EXTERNAL:
@@ -169,22 +143,29 @@ class _Weights:
 
 
 def _halved(values: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.float16]:
-    """Values in FP16; what stands for infinity (a mask's -3.4e38) becomes the largest number."""
+    """Values in FP16; what stands for infinity becomes the largest number."""
     numbers = np.asarray(values, np.float32)
     if np.isnan(numbers).any():
         raise BackendError(f"weight {name} is not a number in places.", "Export the model again.")
+    sizes = np.abs(numbers)
+    if ((sizes > LARGEST) & (sizes < INFINITE)).any():
+        raise BackendError(
+            f"weight {name} reaches {sizes[sizes < INFINITE].max():.4g}, and FP16 ends at {LARGEST:.0f}.",
+            "Run `reelrt calibrate --precision fp16`: it finds the layers that must stay FP32.",
+        )
     return np.clip(numbers, -LARGEST, LARGEST).astype(np.float16)
 
 
 def _rewrite(
-    graph: onnx.GraphProto, network: set[int], floats: set[str], spec: StageSpec, weights: _Weights
+    graph: onnx.GraphProto, region: set[int], floats: set[str], halves: set[str], weights: Weights
 ) -> None:
-    """Change the graph in place."""
+    """Change the graph in place: the region's nodes become FP16, and the inputs and outputs `halves`."""
     from onnx import TensorProto, helper
 
     initializers = {tensor.name: tensor for tensor in graph.initializer}
-    half = {name for index in network for name in graph.node[index].output if name in floats}
-    half |= {name for name, tensor in spec.inputs.items() if tensor.dtype == "model"}
+    half = {name for index in region for name in graph.node[index].output if name in floats}
+    half |= {value.name for value in graph.input if value.name in halves}
+    scales = {node.input[1] for node in graph.node if node.op_type in QUANTIZERS}
     nodes: list[onnx.NodeProto] = []
     made: dict[tuple[str, bool], str] = {}
     kept: list[onnx.TensorProto] = []
@@ -193,7 +174,7 @@ def _rewrite(
         """The name under which a float tensor has the wanted type; makes it where needed."""
         if name in initializers:
             if (name, wanted_half) not in made:
-                tensor = weights.copy(initializers[name], wanted_half)
+                tensor = weights.copy(initializers[name], wanted_half, name in scales)
                 if (name, not wanted_half) in made:
                     tensor.name = f"{name}.{'fp16' if wanted_half else 'fp32'}"
                 kept.append(tensor)
@@ -211,19 +192,20 @@ def _rewrite(
         for position, name in enumerate(node.input):
             if name in floats:
                 stays = position in FLOAT_INPUTS.get(node.op_type, ())
-                node.input[position] = as_type(name, index in network and not stays)
+                node.input[position] = as_type(name, index in region and not stays)
             elif name in initializers and (name, False) not in made:
                 kept.append(weights.copy(initializers[name], half=False))
                 made[name, False] = name
-        if index in network:
+        if index in region:
             _retype(node)
         nodes.append(node)
-    _restore_outputs(graph, nodes, half, spec)
+    _restore_outputs(graph, nodes, half, halves)
     del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend(nodes)
     graph.initializer.extend(kept)
-    for name in (name for name, tensor in spec.inputs.items() if tensor.dtype == "model"):
-        next(v for v in graph.input if v.name == name).type.tensor_type.elem_type = TensorProto.FLOAT16
+    for value in graph.input:
+        if value.name in halves:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
 
 
 def _retype(node: onnx.NodeProto) -> None:
@@ -243,18 +225,18 @@ def _retype(node: onnx.NodeProto) -> None:
 
 
 def _restore_outputs(
-    graph: onnx.GraphProto, nodes: list[onnx.NodeProto], half: set[str], spec: StageSpec
+    graph: onnx.GraphProto, nodes: list[onnx.NodeProto], half: set[str], halves: set[str]
 ) -> None:
-    """Give the outputs the types of the spec, under their own names."""
+    """Give the outputs their types, under their own names: `halves` are FP16."""
     from onnx import TensorProto, helper
 
     for output in graph.output:
-        is_model = output.name in spec.outputs and spec.outputs[output.name].dtype == "model"
-        if is_model:
+        wanted_half = output.name in halves
+        if wanted_half:
             output.type.tensor_type.elem_type = TensorProto.FLOAT16
-        if output.name in half and not is_model:
+        if output.name in half and not wanted_half:
             to, inner = TensorProto.FLOAT, f"{output.name}.fp16"
-        elif is_model and output.name not in half:
+        elif wanted_half and output.name not in half:
             to, inner = TensorProto.FLOAT16, f"{output.name}.fp32"
         else:
             continue

@@ -14,6 +14,8 @@ MAX_TABLE_ROWS = 200
 """100 steps of split guidance, which take two rows each."""
 DECODER_FRAMES = 4
 """Latent frames per call of the decoder: enough to keep a device busy, little enough to fit one."""
+LARGEST_SIDE, MOST_FRAMES, MOST_VIDEOS = 8192, 1024, 64
+"""Beyond these no device has the memory; a slip of the finger is told at once."""
 SMALLEST_CELLS = 2
 """A graph with dynamic axes is exported for sizes from 2 up; torch sets 1 apart."""
 
@@ -36,14 +38,15 @@ def check_size(geometry: Geometry, size: tuple[int, int] | None, frames: int | N
     width, height = size if size is not None else (geometry.width, geometry.height)
     unit, smallest = geometry.size_multiple, _smallest(geometry) * geometry.spatial_scale
     for name, value in (("width", width), ("height", height)):
-        if value < smallest or value % unit:
-            below, above = max(value // unit * unit, smallest), max(-(-value // unit) * unit, smallest)
+        if not smallest <= value <= LARGEST_SIDE or value % unit:
+            value_in = min(max(value, smallest), LARGEST_SIDE)
+            below, above = value_in // unit * unit, -(-value_in // unit) * unit
             near = f"{below} or {above}" if below != above else f"{below}"
-            allowed = f"this model takes multiples of {unit} pixels from {smallest} on"
+            allowed = f"this model takes multiples of {unit} pixels from {smallest} to {LARGEST_SIDE}"
             raise RangeError(name, value, allowed, f"The nearest is {near}.")
     count = geometry.frames if frames is None else frames
-    if count < SMALLEST_CELLS:
-        raise RangeError("frames", count, f"this model takes {SMALLEST_CELLS} or more")
+    if not SMALLEST_CELLS <= count <= MOST_FRAMES:
+        raise RangeError("frames", count, f"this model takes {SMALLEST_CELLS} to {MOST_FRAMES}")
     return width, height, count
 
 
@@ -58,10 +61,10 @@ def profiles(geometry: Geometry, width: int, height: int, frames: int, batch: in
         batch: Most videos at once; engines are tuned for one.
 
     Raises:
-        RangeError: The batch is less than 1.
+        RangeError: The batch is less than 1, or absurd.
     """
-    if batch < 1:
-        raise RangeError("batch", batch, "engines take 1 or more")
+    if not 1 <= batch <= MOST_VIDEOS:
+        raise RangeError("batch", batch, f"engines take 1 to {MOST_VIDEOS}")
     scale, smallest = geometry.spatial_scale, _smallest(geometry)
     height, width = height // scale, width // scale
     picture = {

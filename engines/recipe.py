@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from reelrt.bundle.spec import Profile, Range, StageSpec
+
+Layers = Mapping[str, Mapping[str, Mapping[str, int]]]
+"""Layer class to precision to `count` and `weight_bytes`; see `reelrt.engines.verified`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,8 @@ class Job:
         precision: The type the engine shall have.
         profile: The sizes it shall accept.
         compute_capability: `8.6`, say; empty for a CPU.
+        keep_fp32: Layers that stay FP32 when the graph is converted.
+        inspect: Whether the GPU of this machine can open the engine, to be asked what is in it.
     """
 
     backend: str
@@ -35,6 +40,8 @@ class Job:
     precision: str
     profile: Profile
     compute_capability: str
+    keep_fp32: tuple[str, ...] = ()
+    inspect: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A plain structure that `from_json` reads back."""
@@ -48,7 +55,8 @@ class Job:
         """The inverse of `to_json`."""
         profile = {axis: Range(**extent) for axis, extent in data["profile"].items()}
         paths = {name: Path(data[name]) for name in ("graph", "output")}
-        return cls(**{**data, **paths, "spec": StageSpec.from_json(data["spec"]), "profile": profile})
+        spec, keep = StageSpec.from_json(data["spec"]), tuple(data["keep_fp32"])
+        return cls(**{**data, **paths, "spec": spec, "profile": profile, "keep_fp32": keep})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +67,15 @@ class Built:
         weight_bytes: Its weights.
         activation_bytes: Its activations at the profile's largest sizes; 0 when the backend does
             not say before it runs.
+        layers: In which precision its layers run.
+        inspected: The same as the engine inspector says: layer type to precision to number; empty
+            where no GPU could open it.
     """
 
     weight_bytes: int
     activation_bytes: int = 0
+    layers: Layers = field(default_factory=dict)
+    inspected: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def cache_key(fields: Mapping[str, str]) -> str:

@@ -11,11 +11,14 @@ import importlib
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reelrt.engines.inspector import inspect_engine
 from reelrt.engines.profiles import input_shapes
 from reelrt.engines.recipe import Built, Job
+from reelrt.engines.verified import precisions
 from reelrt.errors import BackendError
 from reelrt.progress import Progress
 
@@ -34,13 +37,16 @@ OLDEST = (10, 3)
 
 HARMLESS: Mapping[str, str] = {
     r"Make sure (input|output) \S+ has Int64 binding": "the runtime binds int64, as the spec says",
+    r"Converting conv (weight|activation) scales to fp32": "an INT8 convolution scales its sums in FP32",
 }
 """Pattern to reason: what the builder warns of that means nothing here. Told at debug level."""
 
 _ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
 _WEIGHTS = re.compile(r"Total Weights Memory: (\d+)")
 _DTYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "int32": "INT32", "uint8": "UINT8"}
-_WEIGHTED_LAYERS = ("CONVOLUTION", "DECONVOLUTION")
+_CONVOLUTIONS = ("CONVOLUTION", "DECONVOLUTION")
+_MULTIPLIES = (*_CONVOLUTIONS, "MATRIX_MULTIPLY")
+_PRECISIONS = {"FLOAT": "fp32", "HALF": "fp16"}
 
 
 def build(job: Job, graph: Path, progress: Progress) -> Built:
@@ -74,7 +80,7 @@ def build(job: Job, graph: Path, progress: Progress) -> Built:
     typed = hasattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
     try:
         builder, network, parser = polygraphy.network_from_onnx_path(str(graph), strongly_typed=typed)
-        check_network(network, job)
+        check_network(network, job, precisions(graph))
         engine = polygraphy.engine_bytes_from_network(
             (builder, network, parser), config=_config(polygraphy, library, job, progress)
         )
@@ -82,7 +88,7 @@ def build(job: Job, graph: Path, progress: Progress) -> Built:
         raise BackendError(f"{job.backend} cannot build {job.spec.name}: {recorder.reason(error)}") from error
     job.output.write_bytes(engine)
     built: Built = recorder.built()
-    return built
+    return replace(built, inspected=inspect_engine(library, recorder, engine)) if job.inspect else built
 
 
 def _check_version(library: Any, job: Job) -> None:
@@ -100,7 +106,11 @@ def _config(polygraphy: Any, library: Any, job: Job, progress: Progress) -> Any:
     profile = polygraphy.Profile()
     for name, (smallest, tuned, largest) in input_shapes(job.spec, job.profile).items():
         profile.add(name, min=smallest, opt=tuned, max=largest)
-    common = {"profiles": [profile], "progress_monitor": _monitor(library, progress)}
+    common = {
+        "profiles": [profile],
+        "progress_monitor": _monitor(library, progress),
+        "profiling_verbosity": library.ProfilingVerbosity.DETAILED,  # what the inspector tells from
+    }
     if job.backend == "tensorrt":
         return polygraphy.CreateConfig(**common)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
@@ -109,12 +119,18 @@ def _config(polygraphy: Any, library: Any, job: Job, progress: Progress) -> Any:
     return CreateConfigRTX(compute_capabilities=[(major, minor)], **common)
 
 
-def check_network(network: trt.INetworkDefinition, job: Job) -> None:
-    """Compare a parsed network with the stage's spec and precision.
+def check_network(network: trt.INetworkDefinition, job: Job, typed: Mapping[str, str]) -> None:
+    """Compare a parsed network with the stage's spec, the job's precision and the graph's types.
+
+    Args:
+        network: What the parser made of the graph.
+        job: What is built.
+        typed: Layer name to `fp32` or `fp16`, as the graph says.
 
     Raises:
-        BackendError: An input or output is missing or of another type, or a convolution of an FP16
-            network runs in FP32.
+        BackendError: An input or output is missing or of another type, a convolution or matrix
+            multiplication has another type than in the graph, or a convolution of an FP16 or INT8
+            engine is FP32 that shall not be.
     """
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
@@ -123,12 +139,20 @@ def check_network(network: trt.INetworkDefinition, job: Job) -> None:
         wanted = {name: _DTYPES[spec.numpy_dtype(job.precision).name] for name, spec in specs.items()}
         if found != wanted:
             raise BackendError(f"{job.spec.name} has the {side}s {found}, where {wanted} are needed.")
-    if job.precision != "fp16":
-        return
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        if layer.type.name in _WEIGHTED_LAYERS and layer.get_output(0).dtype.name == "FLOAT":
-            raise BackendError(f"{job.spec.name} is FP16, but its layer {layer.name} runs in FP32.")
+        if layer.type.name not in _MULTIPLIES:
+            continue
+        runs = _PRECISIONS.get(layer.get_output(0).dtype.name, "")
+        if typed.get(layer.name, runs) != runs:
+            raise BackendError(
+                f"{layer.name} of {job.spec.name} is {typed[layer.name]}, but {job.backend} makes it {runs}."
+            )
+        in_full = runs == "fp32" and layer.type.name in _CONVOLUTIONS and job.precision != "fp32"
+        if in_full and layer.name not in job.keep_fp32:
+            raise BackendError(
+                f"{job.spec.name} is {job.precision.upper()}, but its layer {layer.name} runs in FP32."
+            )
 
 
 def _recorder(library: Any) -> Any:

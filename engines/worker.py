@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
@@ -172,16 +172,29 @@ def build(job: Job, progress: Progress) -> Built:
     """Build one engine in this process."""
     from reelrt.engines.casts import cast_last
     from reelrt.engines.precision import convert
+    from reelrt.engines.verified import check, read
 
     with tempfile.TemporaryDirectory(prefix=".reelrt-", dir=job.output.parent) as scratch:
         graph = job.graph
-        if job.precision != job.graph_precision:
-            graph = convert(job.graph, Path(scratch) / job.graph.name, job.spec)
-        if job.backend != "onnxruntime":
+        on_cpu = job.backend == "onnxruntime"
+        # What is not quantised of an INT8 graph is FP32: right for a CPU, FP16 is faster on a GPU.
+        remainder = job.precision.startswith("int8") and not on_cpu
+        if job.precision != job.graph_precision or remainder:
+            graph = convert(
+                job.graph,
+                Path(scratch) / job.graph.name,
+                job.spec,
+                keep=job.keep_fp32,
+                boundary=job.precision,
+            )
+        if not on_cpu:
             graph = cast_last(graph, Path(scratch), job.spec)
-        module = "onnxruntime" if job.backend == "onnxruntime" else "tensorrt"
+        module = "onnxruntime" if on_cpu else "tensorrt"
         builder: Builder = import_module(f"reelrt.engines.{module}").build
-        return builder(job, graph, progress)
+        built = builder(job, graph, progress)
+        found = read(job.output if on_cpu else graph, fused=on_cpu, keep=job.keep_fp32)
+        check(job, found, 0 if on_cpu else built.weight_bytes, built.inspected)
+        return replace(built, layers=found.layers)
 
 
 def _main() -> None:

@@ -58,6 +58,12 @@ def loaded(model: ModelFolder, component: str, precision: str) -> Iterator[Any]:
             f"{folder} lacks weights for {len(missing)} of its parameters, {missing[0]} among them.",
             "Download the model again.",
         )
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"{folder}: the weight {name} is not finite as {precision}.",
+                "Download the model again, or export it with `--precision fp32`.",
+            )
     module.eval().requires_grad_(False)
     try:
         yield module
@@ -119,9 +125,9 @@ def write_tokenizer(model: ModelFolder, path: Path) -> tuple[Any, int]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what a library says, without the full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
+    """What a library says, in a line: the first, and the next where that is a heading."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
 
 
 @contextmanager

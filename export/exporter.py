@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from reelrt import __version__
 from reelrt.bundle.files import atomic_folder
 from reelrt.bundle.manifest import SCHEDULES, TOKENIZER, Bundle, Model, Pipeline, Stage
-from reelrt.bundle.schedule import Cfg, Schedules
+from reelrt.bundle.schedule import MAX_GUIDANCE, Cfg, Schedules
 from reelrt.bundle.spec import Geometry, StageSpec, step_spec, text_encoder_spec, vae_decoder_spec
 from reelrt.errors import BackendError, InputError, ModelError
-from reelrt.export.folder import ModelFolder, open_folder
+from reelrt.export.folder import CARD, ModelFolder, open_folder
 from reelrt.progress import Progress, silent
 
 Precision = Literal["fp32", "fp16"]
@@ -61,7 +63,7 @@ def export_bundle(
     folder = open_folder(model)
     _require_libraries()
     try:
-        with atomic_folder(output) as partial:
+        with atomic_folder(output, Bundle.kind) as partial:
             _write_bundle(folder, partial, precision, cfg, validate, progress)
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror or error}.") from error
@@ -86,12 +88,12 @@ def _write_bundle(
     scheduler = load_scheduler(folder)
     solver = own_solver(folder.classes["scheduler"])
     tokenizer, tokens = write_tokenizer(folder, target / TOKENIZER)
+    geometry, guidance = _geometry(folder, tokens), _guidance(folder)
     schedules = compile_schedules(scheduler.config, progress=progress)
     schedules.save(target / SCHEDULES)
     for paper in folder.papers():
         shutil.copyfile(paper, target / paper.name)
-    geometry = _geometry(folder, tokens, schedules.history_rows + (cfg == "split"))
-    guidance = float(folder.parameter("guidance_scale", GUIDANCE))
+    geometry = replace(geometry, state_rows=schedules.history_rows + (cfg == "split"))
     job = _StageJob(folder, target, precision, cfg, validate, progress)
     stages = {
         name: job.run(SPECS[name](geometry), schedules, scheduler.config, guidance)
@@ -111,7 +113,15 @@ def _write_bundle(
     Bundle(target, pipeline, stages).save(__version__)
 
 
-def _geometry(folder: ModelFolder, tokens: int, state_rows: int) -> Geometry:
+def _guidance(folder: ModelFolder) -> float:
+    scale = float(folder.parameter("guidance_scale", GUIDANCE))
+    if not 0 <= scale <= MAX_GUIDANCE:
+        raise ModelError(f"{folder.path / CARD} gives {scale:g} as guidance_scale, which is not possible.")
+    return scale
+
+
+def _geometry(folder: ModelFolder, tokens: int) -> Geometry:
+    """The model's sizes, with one row of state: how many there are the schedules say."""
     unet, vae, text = (folder.config(name) for name in ("unet", "vae", "text_encoder"))
     if text.get("use_attention_mask"):
         raise ModelError(f"{folder.path}: a text encoder with an attention mask cannot be exported.")
@@ -125,13 +135,15 @@ def _geometry(folder: ModelFolder, tokens: int, state_rows: int) -> Geometry:
             size_multiple=scale,
             tokens=tokens,
             text_width=unet["cross_attention_dim"],
-            state_rows=state_rows,
+            state_rows=1,
             frames=int(folder.parameter("num_frames", FRAMES)),
             height=height * scale,
             width=width * scale,
         )
     except KeyError as error:
         raise ModelError(f"{folder.path}: the config.json of unet or vae has no {error}.") from error
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{folder.path}: a config.json or the model card is wrong: {error}.") from error
 
 
 class _StageJob:
@@ -168,9 +180,10 @@ class _StageJob:
         self.progress(spec.name, 0, 3)
         with loaded(self.folder, self.folder.family.stages[spec.name], self.precision) as component:
             if self.validate:
-                cases = validation.record(
-                    unet3d.reference(spec.name, component, self.cfg), spec, self.precision, tokens
-                )
+                with self._named(spec):
+                    cases = validation.record(
+                        unet3d.reference(spec.name, component, self.cfg), spec, self.precision, tokens
+                    )
                 if spec.name == "step":
                     schedule = _longest(schedules, validation.ADVANCE_STEPS)
                     scheduler = make_scheduler(schedule.solver, config)
@@ -190,6 +203,19 @@ class _StageJob:
                 validation.check_advance(session, spec, self.precision, self.cfg, advance)
         self.progress(spec.name, 3, 3)
         return Stage(spec, path.name, self.precision, weight_bytes)
+
+    @contextmanager
+    def _named(self, spec: StageSpec) -> Iterator[None]:
+        """Name the component that torch cannot run."""
+        try:
+            yield
+        except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            component = self.folder.family.stages[spec.name]
+            name, reason = self.folder.classes[component], " ".join(str(error).split()).rstrip(".")
+            raise ModelError(
+                f"{self.folder.path / component} does not run as a {name}: {type(error).__name__}: {reason}.",
+                "Its config.json may be another model's: download the model again.",
+            ) from error
 
 
 def _longest(schedules: Schedules, steps: int) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ CARD = "README.md"
 HASHED = (".json", ".safetensors", ".txt")
 NOT_WEIGHTS = ("tokenizer", "scheduler")
 VARIANTS = ("", "fp16")
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+"""Either of these is a whole tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class ModelFolder:
         inference = self.card.get("inference")
         parameters = inference.get("parameters") if isinstance(inference, dict) else None
         value = parameters.get(name, default) if isinstance(parameters, dict) else default
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ModelError(f"{self.path / CARD} gives {value!r} as {name}, which is no number.")
         return value
 
@@ -103,7 +106,10 @@ def open_folder(path: Path) -> ModelFolder:
     family = FAMILIES.get(str(pipeline))
     if family is None:
         known = ", ".join(FAMILIES)
-        raise ModelError(f"{path} is a {pipeline}, which cannot be exported.", f"Supported is {known}.")
+        raise ModelError(
+            f"{path} is a {pipeline or 'model of no class'}, which cannot be exported.",
+            f"Supported is {known}.",
+        )
     classes = {name: _class(path, index, name, wanted) for name, wanted in family.components.items()}
     weighty = [name for name in classes if name not in NOT_WEIGHTS]
     for component in classes:
@@ -112,6 +118,8 @@ def open_folder(path: Path) -> ModelFolder:
     _json(path / "scheduler" / "scheduler_config.json")
     for component in weighty:
         _json(path / component / "config.json")
+    if not any(all((path / "tokenizer" / name).is_file() for name in names) for names in TOKENIZER_FILES):
+        raise ModelError(f"{path / 'tokenizer'} holds no tokenizer.", "Download the model again.")
     variants = {component: _check_weights(path / component) for component in weighty}
     return ModelFolder(path, family, classes, variants, _card(path / CARD))
 
@@ -130,7 +138,7 @@ def _json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{path} is missing.", "Download the model again.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}.", "Download the model again.") from error
     if not isinstance(data, dict):
         raise ModelError(f"{path} holds no JSON object.", "Download the model again.")

@@ -95,18 +95,75 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias
 
 
-def _geglu_onnx(x: Any) -> Any:
-    value, gate = op.Split(x, axis=-1, num_outputs=2)
-    erf = op.Erf(op.Div(gate, _filled(x, math.sqrt(2))))
-    gelu = op.Mul(op.Mul(gate, op.Add(erf, _filled(x, 1))), _filled(x, 0.5))
-    return op.Mul(value, gelu)
+def _gelu_onnx(x: Any, like: Any) -> Any:
+    erf = op.Erf(op.Div(x, _filled(like, math.sqrt(2))))
+    return op.Mul(op.Mul(x, op.Add(erf, _filled(like, 1))), _filled(like, 0.5))
 
 
-@_operator(shape=lambda x: (*x.shape[:-1], x.shape[-1] // 2), onnx=_geglu_onnx)
-def geglu(x: Tensor) -> Tensor:
-    """The first half of the last dimension times GELU of the second."""
-    value, gate = x.chunk(2, dim=-1)
-    return value * functional.gelu(gate)
+def _feed_forward_onnx(
+    x: Any,
+    value: Any,
+    value_bias: Any,
+    gate: Any,
+    gate_bias: Any,
+    out: Any,
+    out_bias: Any,
+    pieces: int,
+) -> Any:
+    def whole(rows: Any) -> Any:
+        gelu = _gelu_onnx(_project_onnx(rows, gate, gate_bias), gate)
+        gated = op.Mul(_project_onnx(rows, value, value_bias), gelu)
+        return _project_onnx(gated, out, out_bias)
+
+    if pieces == 1:
+        return whole(x)
+    rows = op.Reshape(x, _ints(-1, value.shape[0]))
+    count = op.Shape(rows, start=0, end=1)
+    size = op.Div(op.Add(count, _ints(pieces - 1)), _ints(pieces))
+    left = op.Sub(count, op.Mul(size, _ints(*range(pieces))))
+    sizes = op.Min(op.Max(left, _ints(0)), size)  # with fewer rows than pieces the last ones are empty
+    done: list[Any] = []
+    for part in _split(rows, sizes, pieces):
+        done.append(whole(_after(done[-1], part, value) if done else part))
+    return op.Reshape(op.Concat(*done, axis=0), op.Shape(x))
+
+
+def _split(x: Any, sizes: Any, count: int) -> Sequence[Any]:
+    """Parts of the first dimension; the exporter wants their number as an attribute, ONNX does not."""
+    parts: Sequence[Any] = op.Split(x, sizes, axis=0, num_outputs=count)
+    del parts[0].producer().attributes["num_outputs"]
+    return parts
+
+
+def _after(first: Any, then: Any, like: Any) -> Any:
+    """The second value as it is, but not before the first is known.
+
+    TensorRT would compute all independent values at once, and hold them all; so a zero that only
+    the first can tell is added to the second.
+    """
+    row = op.ReduceSum(op.Slice(first, _ints(0), _ints(1), _ints(0)), keepdims=1)
+    return op.Add(then, op.Clip(row, _filled(like, 0), _filled(like, 0)))
+
+
+@_operator(shape=_like_first, onnx=_feed_forward_onnx)
+def feed_forward(
+    x: Tensor,
+    value: Tensor,
+    value_bias: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor,
+    out: Tensor,
+    out_bias: Tensor,
+    pieces: int,
+) -> Tensor:
+    """Project the last dimension to values times GELU of gates, and back to its size.
+
+    Each row by itself; the graph takes them in so many pieces, so that the wide values in the
+    middle exist for a part of the rows at a time.
+    """
+    del pieces  # the result is the same
+    gated = (x @ value + value_bias) * functional.gelu(x @ gate + gate_bias)
+    return gated @ out + out_bias
 
 
 def _attend_onnx(query: Any, key: Any, value: Any, heads: int, scale: float, grouped: bool) -> Any:

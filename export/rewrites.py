@@ -78,6 +78,9 @@ class LayerNorm(nn.Module):
         return operators.layer_norm(x, self.weight, self.bias, self.eps)
 
 
+WIDE = 1024
+"""A hidden layer of fewer values per token is computed whole: a small model's fits anywhere."""
+
 REPLACEMENTS: dict[type, Any] = {nn.Linear: Projection, nn.LayerNorm: LayerNorm, nn.GroupNorm: GroupNorm}
 
 
@@ -110,16 +113,32 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU and the projection back."""
+    """GEGLU and the projection back, in pieces where the hidden layer is wide."""
 
     def __init__(self, feed_forward: Any) -> None:
         super().__init__()
-        self.proj = Projection(feed_forward.net[0].proj)
-        self.out = Projection(feed_forward.net[2])
+        proj, self.out = feed_forward.net[0].proj, Projection(feed_forward.net[2])
+        self.value, self.gate = (
+            nn.Parameter(half.t(), requires_grad=False) for half in proj.weight.detach().chunk(2)
+        )
+        self.value_bias, self.gate_bias = (
+            nn.Parameter(half, requires_grad=False) for half in proj.bias.detach().chunk(2)
+        )
+        self.hidden, self.pieces = self.value.shape[1], 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token."""
-        return self.out(operators.geglu(self.proj(x)))
+        out: Tensor = operators.feed_forward(
+            x,
+            self.value,
+            self.value_bias,
+            self.gate,
+            self.gate_bias,
+            self.out.weight,
+            self.out.bias,
+            self.pieces,
+        )
+        return out
 
 
 class TransformerBlock(nn.Module):
@@ -296,6 +315,7 @@ class LeanUNet3D(nn.Module):
         self.up = nn.ModuleList(map(UpBlock, unet.up_blocks))
         self.norm_out = None if unet.conv_norm_out is None else GroupNorm(unet.conv_norm_out, silu=True)
         self.conv_out = Convolution(unet.conv_out)
+        _divide(self, unet.config.block_out_channels[0])
 
     def forward(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """Predict.
@@ -323,3 +343,17 @@ class LeanUNet3D(nn.Module):
             x = self.norm_out(x)
         out: Tensor = self.conv_out(x)
         return out.reshape(batch, frames, -1, height, width).transpose(1, 2)
+
+
+def _divide(network: LeanUNet3D, width: int) -> None:
+    """Let no feed-forward layer's hidden values take more memory than the network's first activation.
+
+    Each level down has a quarter of the cells. The result does not depend on the number of pieces.
+    """
+    deepest = len(network.down) - 1
+    blocks: list[tuple[int, nn.Module]] = [(0, network.transformer_in), (deepest, network.middle)]
+    blocks += [*enumerate(network.down), *enumerate(reversed(network.up))]
+    for level, block in blocks:
+        for layer in block.modules():
+            if isinstance(layer, FeedForward) and layer.hidden >= WIDE:
+                layer.pieces = max(1, -(-2 * layer.hidden // (width * 4**level)))

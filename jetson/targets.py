@@ -1,7 +1,8 @@
-"""The devices that engines can be built for, in one table.
+"""The devices that engines can be built for, by the names that the command line takes.
 
-Knows compute capabilities, memory and which backend suits them; knows nothing of the machine it
-runs on (see `reelrt.jetson.device`) nor of how an engine is built.
+A target is a board of `reelrt.jetson.boards`, a family of them, which counts as its smallest one, or
+a GPU generation. Knows which backend suits it; knows nothing of the machine it runs on (see
+`reelrt.jetson.device`) nor of how an engine is built.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reelrt.errors import InputError
+from reelrt.jetson.boards import Board, boards
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Target:
             device; 0 when it is not known.
         backend: What `--backend auto` builds with.
         on_device: Whether engines must be built on the device itself.
+        board: What is known of it; None for a GPU generation and for the machine at hand.
     """
 
     name: str
@@ -31,24 +34,43 @@ class Target:
     memory_gib: float
     backend: str
     on_device: bool = False
+    board: Board | None = None
 
 
 HOST = "host"
 
+FAMILIES = {
+    "rtx3060": ("GeForce RTX 3060, laptop or desktop", "rtx3060-laptop-6gb"),
+    "rtx4060": ("GeForce RTX 4060, laptop or desktop", "rtx4060-laptop-8gb"),
+    "orin-agx": ("Jetson AGX Orin", "orin-agx-32gb"),
+    "orin-nx": ("Jetson Orin NX", "orin-nx-8gb"),
+    "orin-nano": ("Jetson Orin Nano", "orin-nano-4gb"),
+}
+"""Name of a family to its description and its smallest board."""
+
+GENERATIONS = {
+    "sm75": ("any Turing GPU", "7.5"),
+    "sm80": ("any A100-class GPU", "8.0"),
+    "sm86": ("any RTX 30 GPU", "8.6"),
+    "sm89": ("any RTX 40 GPU", "8.9"),
+    "sm120": ("any RTX 50 GPU", "12.0"),
+}
+
+
+def _of_board(name: str, description: str, board: Board) -> Target:
+    """A target that is a board; CPU and GPU share memory on Jetsons, which build for themselves."""
+    backend = "tensorrt" if board.shared else "tensorrt_rtx"
+    capability, memory = board.compute_capability, board.memory_gib
+    return Target(name, description, capability, memory, backend, on_device=board.shared, board=board)
+
+
 TARGETS: dict[str, Target] = {
-    target.name: target
-    for target in (
-        Target("rtx3060", "GeForce RTX 3060, laptop or desktop", "8.6", 6, "tensorrt_rtx"),
-        Target("rtx4060", "GeForce RTX 4060, laptop or desktop", "8.9", 8, "tensorrt_rtx"),
-        Target("sm75", "any Turing GPU", "7.5", 0, "tensorrt_rtx"),
-        Target("sm80", "any A100-class GPU", "8.0", 0, "tensorrt_rtx"),
-        Target("sm86", "any RTX 30 GPU", "8.6", 0, "tensorrt_rtx"),
-        Target("sm89", "any RTX 40 GPU", "8.9", 0, "tensorrt_rtx"),
-        Target("sm120", "any RTX 50 GPU", "12.0", 0, "tensorrt_rtx"),
-        Target("orin-agx", "Jetson AGX Orin", "8.7", 32, "tensorrt", on_device=True),
-        Target("orin-nx", "Jetson Orin NX", "8.7", 8, "tensorrt", on_device=True),
-        Target("orin-nano", "Jetson Orin Nano", "8.7", 4, "tensorrt", on_device=True),
-    )
+    **{name: _of_board(name, title, boards()[board]) for name, (title, board) in FAMILIES.items()},
+    **{name: _of_board(name, board.title, board) for name, board in boards().items()},
+    **{
+        name: Target(name, title, capability, 0, "tensorrt_rtx")
+        for name, (title, capability) in GENERATIONS.items()
+    },
 }
 """Target name to target; `host`, the machine at hand, comes on top of these."""
 

@@ -1,18 +1,17 @@
-"""`reelrt` and `python -m reelrt`: the command line, quiet even if it is interrupted while it starts."""
+"""`reelrt` and `python -m reelrt`: the command line, quiet also when it is stopped while it loads."""
 
 from __future__ import annotations
 
-import sys
+from reelrt.stopping import at_once, end_on_signals
 
 
 def main() -> None:
     """Run the command line."""
-    try:
+    end_on_signals()
+    with at_once():
         from reelrt.cli import main as run
 
         run()
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,22 @@ from typing import Annotated, Any, Literal
 import typer
 
 from reelrt import __version__
+from reelrt.calibrate import calibrate
 from reelrt.console import (
     EPILOG,
     Debug,
     Json,
     Solver,
-    at_once_when_stopped,
     command,
-    end_on_signals,
     note,
+    parse_size,
     progress_bars,
+    run,
     show,
 )
-from reelrt.errors import InputError, IntegrityError
+from reelrt.errors import IntegrityError
 from reelrt.evaluate import evaluate
+from reelrt.plan import plan
 
 app = typer.Typer(
     name="reelrt",
@@ -34,8 +36,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(evaluate)
+app.command(epilog=EPILOG)(plan)
 
 Precision = Literal["fp32", "fp16"]
+EnginePrecision = Literal["fp32", "fp16", "int8"]
 Cfg = Literal["split", "batched"]
 Backend = Literal["auto", "onnxruntime", "tensorrt_rtx", "tensorrt"]
 
@@ -84,6 +88,9 @@ def export(
     show(made if as_json else _brief(made), as_json)
 
 
+app.command(epilog=EPILOG)(calibrate)
+
+
 @app.command(epilog=EPILOG)
 @command
 def build(
@@ -94,7 +101,8 @@ def build(
         str, typer.Option(help="host, rtx3060, rtx4060, orin-agx, orin-nano, or sm86 and the like.")
     ] = "host",
     precision: Annotated[
-        Precision | None, typer.Option(help="Type of the weights.", show_default="what suits the backend")
+        EnginePrecision | None,
+        typer.Option(help="Type of the weights.", show_default="the bundle's, or what suits the backend"),
     ] = None,
     size: Annotated[
         str | None,
@@ -104,6 +112,16 @@ def build(
     batch: Annotated[
         int | None, typer.Option(help="Most videos at once.", show_default="what suits the target")
     ] = None,
+    memory_check: Annotated[
+        bool, typer.Option(help="Refuse, before building, what does not fit the target's memory.")
+    ] = True,
+    quality_gate: Annotated[
+        bool,
+        typer.Option(
+            "--quality-gate/--no-quality-gate",
+            help="Refuse an INT8 bundle without a quality report that it passes.",
+        ),
+    ] = True,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -119,9 +137,11 @@ def build(
             backend=backend,
             target=target,
             precision=precision,
-            size=_size(size),
+            size=parse_size(size),
             frames=frames,
             batch=batch,
+            check_memory=memory_check,
+            quality_gate=quality_gate,
             progress=progress,
         )
     up_to_date = _manifest_time(output) == before
@@ -179,7 +199,7 @@ def generate(
             guidance=guidance,
             seed=seed,
             frames=frames,
-            size=_size(size),
+            size=parse_size(size),
             solver=solver,
             progress=progress,
         )
@@ -261,10 +281,26 @@ def _overview(found: Mapping[str, Any]) -> dict[str, Any]:
         "largest video" if largest else "video": picture,
         "guidance": f"{found['guidance']:g}, {found['cfg']}",
         "solvers": ", ".join(found["schedules"]),
+        **({"quality": _quality(found["quality"])} if found.get("quality") else {}),
         "total_bytes": found["total_bytes"],
         "stages": _stages(found),
+        **({"layers": rows} if (rows := _layers(found)) else {}),
         "tensors": tensors,
     }
+
+
+def _quality(found: Mapping[str, Any]) -> str:
+    """What is known of the quality of a bundle or an engine set, in a line."""
+    if "measured" in found:
+        return str(found["measured"])
+    verdict = {True: "every target reached", False: "a target missed"}
+    points = found["adherence_points"]
+    worst = f"adherence {min(points.values()):+.1f} points at worst" if points else "adherence not measured"
+    steps = " and ".join(map(str, found["steps"]))
+    return (
+        f"{verdict.get(found['passed'], 'no target tested')}: SSIM {found['ssim']:.5f}, {worst}, against "
+        f"{found['reference']} over {found['prompts']} prompts at {steps} steps"
+    )
 
 
 def _brief(made: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,10 +314,22 @@ def _stages(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Stage to what of its description is neither a mapping nor a key."""
     return {
         stage: {
-            name: value for name, value in entry.items() if not isinstance(value, Mapping) and name != "key"
+            name: len(value) if name == "keep_fp32" else value
+            for name, value in entry.items()
+            if not isinstance(value, Mapping) and name != "key" and (name != "keep_fp32" or value)
         }
         for stage, entry in found["stages"].items()
     }
+
+
+def _layers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """In which precision each class of layers runs, a row for each; empty for a bundle."""
+    return [
+        {"stage": stage, "class": kind, "precision": precision, **entry}
+        for stage, each in found["stages"].items()
+        for kind, precisions in each.get("layers", {}).items()
+        for precision, entry in precisions.items()
+    ]
 
 
 def _is_export(output: Path, model: Path, precision: str, cfg: str) -> bool:
@@ -317,20 +365,6 @@ def _manifest_time(folder: Path) -> int:
     return path.stat().st_mtime_ns if path.is_file() else 0
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
-    """(width, height) of `WxH`.
-
-    Raises:
-        InputError: It does not read so.
-    """
-    if text is None:
-        return None
-    width, cross, height = text.lower().replace("\u00d7", "x").partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal()):
-        raise InputError(f"size {text!r} is not WIDTHxHEIGHT.", "Write 64x64, say.")
-    return int(width), int(height)
-
-
 def _outputs(output: Path, count: int) -> list[Path]:
     """One path per video: `red.mp4`, or `red-1.mp4`, `red-2.mp4` and so on."""
     if count == 1:
@@ -340,6 +374,4 @@ def _outputs(output: Path, count: int) -> list[Path]:
 
 def main() -> None:
     """The `reelrt` command."""
-    end_on_signals()
-    with at_once_when_stopped():
-        app()
+    run(app)

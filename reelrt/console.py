@@ -11,13 +11,13 @@ import functools
 import json
 import logging
 import os
-import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import typer
@@ -36,7 +36,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from reelrt.errors import ReelError
+from reelrt.errors import InputError, ReelError
+from reelrt.stopping import stopped_code
 
 # (code, when): shown by `reelrt --help` and in docs/cli.md; the classes of reelrt.errors carry them.
 EXIT_CODES: tuple[tuple[int, str], ...] = (
@@ -48,11 +49,12 @@ EXIT_CODES: tuple[tuple[int, str], ...] = (
     (5, "the engines were built for another device or backend version"),
     (6, "a backend is not installed, or failed"),
     (7, "the disk is full, or the system refused a file"),
-    (8, "an evaluation is below its minimum"),
+    (8, "an evaluation is below its minimum, or an INT8 bundle lacks a good quality report"),
+    (9, "the plan does not fit the target's memory"),
+    (10, "a bundle cannot be calibrated"),
     (130, "interrupted; nothing is left half-written"),
 )
 INPUT_CODE, SYSTEM_CODE, BELOW_MINIMUM_CODE, INTERRUPTED_CODE = 2, 7, 8, 130
-STOPPED_CODES = (128 + signal.SIGTERM, 128 + 1, INTERRUPTED_CODE)  # 1 is SIGHUP, which Windows lacks
 EPILOG = "Exit codes: " + "; ".join(f"{code} {when}" for code, when in EXIT_CODES) + "."
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
@@ -89,8 +91,6 @@ def command(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
             except typer.Exit:  # with a code of the command's own
                 raise
             except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the last resort)
-                if signal.getsignal(signal.SIGINT) is _interrupt:  # all is cleaned up; this is the last word
-                    signal.signal(signal.SIGINT, signal.SIG_IGN)
                 if debug:
                     traceback.print_exc()
                 _fail(error, as_json, debug)
@@ -108,6 +108,28 @@ class _Log(logging.Handler):
         note(f"{warning}{record.getMessage()}")
 
 
+def run(app: typer.Typer) -> NoReturn:
+    """Run the command line and end the process; wrong words on it are errors like any other.
+
+    With standard output or error closed, what would go there is dropped.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (to the end)
+    try:
+        code = app(prog_name="reelrt", standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not one of typer's about the words
+            raise
+        words = getattr(getattr(error, "ctx", None), "command_path", "reelrt")
+        message = " ".join(error.format_message().split()).rstrip(".")
+        usage = InputError(f"{message}.", f"See `{words} --help`.")
+        if not message:  # no command was named: typer has shown the help
+            sys.exit(INPUT_CODE)
+        _fail(usage, "--json" in sys.argv, debug=False)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
 def _fail(error: BaseException, as_json: bool, debug: bool) -> NoReturn:
     if isinstance(error, BrokenPipeError):  # `reelrt ... | head` is no error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -117,15 +139,16 @@ def _fail(error: BaseException, as_json: bool, debug: bool) -> NoReturn:
         remedy = "Run again with --debug to see where."
     if as_json:
         kind = type(error).__name__
-        show({"error": {"type": kind, "message": message, "remedy": remedy, "exit_code": code}}, as_json)
+        with suppress(OSError):  # standard output may be what failed
+            show({"error": {"type": kind, "message": message, "remedy": remedy, "exit_code": code}}, as_json)
     errors.print(f"[bold red]Error:[/] {escape(f'{message} {remedy}'.strip())}")
     sys.exit(code)
 
 
 def _describe(error: BaseException) -> tuple[str, str, int]:
     """Message, remedy and exit code of any exception."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing is left half-written.", "", INTERRUPTED_CODE
+    if isinstance(error, KeyboardInterrupt) or stopped_code():
+        return "interrupted; nothing is left half-written.", "", stopped_code() or INTERRUPTED_CODE
     if isinstance(error, ReelError):
         system = error.exit_code == INPUT_CODE and isinstance(error.__cause__, OSError)
         return error.message, error.remedy, SYSTEM_CODE if system else error.exit_code
@@ -137,6 +160,20 @@ def _describe(error: BaseException) -> tuple[str, str, int]:
         return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}.", "", SYSTEM_CODE
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}.", "", 1
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """(width, height) of `WxH`.
+
+    Raises:
+        InputError: It does not read so.
+    """
+    if text is None:
+        return None
+    width, cross, height = text.lower().replace("\u00d7", "x").partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise InputError(f"size {text!r} is not WIDTHxHEIGHT.", "Write 64x64, say.")
+    return int(width), int(height)
 
 
 def note(text: str) -> None:
@@ -254,36 +291,3 @@ def _lines() -> Callable[[str, int, int], None]:
             note(f"{what}: {time.monotonic() - start:.1f} s")
 
     return line
-
-
-def end_on_signals() -> None:
-    """Let SIGTERM and a closed terminal unwind the stack, so that half-written folders are removed."""
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
-            signal.signal(number, lambda caught, _: sys.exit(128 + caught))
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
-
-
-@contextmanager
-def at_once_when_stopped() -> Iterator[None]:
-    """End the process right after the stack has unwound, if a signal is why it did.
-
-    Python's own way out takes libraries apart whose threads are in the middle of something, and some
-    of them crash then: the exit code would be theirs.
-    """
-    try:
-        yield
-    except SystemExit as stop:
-        if isinstance(stop.code, int) and stop.code in STOPPED_CODES:
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError, ValueError):
-                    stream.flush()
-            os._exit(stop.code)
-        raise
-
-
-def _interrupt(_number: int, _frame: object) -> NoReturn:
-    """As Python's own handler; tells that this process is a command and not a test of one."""
-    raise KeyboardInterrupt

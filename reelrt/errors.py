@@ -80,6 +80,24 @@ class BackendError(ReelError):
     exit_code = 6
 
 
+class PlanError(ReelError):
+    """A video needs more memory than its target has, whatever is kept loaded."""
+
+    exit_code = 9
+
+
+class CalibrationError(ReelError):
+    """A bundle cannot be calibrated: numbers that are not finite, or an operator that cannot be quantised."""
+
+    exit_code = 10
+
+
+class QualityError(ReelError):
+    """A quality report is missing, belongs to another bundle, or misses a target."""
+
+    exit_code = 8
+
+
 class CudaError(BackendError):
     """A CUDA call failed.
 

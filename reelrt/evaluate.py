@@ -11,11 +11,15 @@ import typer
 
 from reelrt.console import BELOW_MINIMUM_CODE, EPILOG, Debug, Json, Solver, command, note, progress_bars, show
 from reelrt.errors import InputError
+from reelrt.quality import quality
 
 if TYPE_CHECKING:
     from reelrt.calibration.adherence import Adherence
 
 evaluate = typer.Typer(name="evaluate", help="Measure what a set of engines generates.", no_args_is_help=True)
+
+
+evaluate.command(epilog=EPILOG)(quality)
 
 
 @evaluate.callback()

@@ -11,8 +11,10 @@ No kernel ever sees another request, so a request's bytes cannot depend on its c
 
 from __future__ import annotations
 
+import queue
+import threading
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from typing import Any
 
@@ -24,9 +26,41 @@ from reelrt.bundle.schedule import Cfg, accumulated_weights, first_passes
 from reelrt.errors import BackendError
 from reelrt.runtime.session import Array, Float32
 
+PATIENCE = 0.5
+"""Seconds after which a lane that hears nothing of the other hands its errand over again."""
+
+
+class Errand:
+    """Bound passes for the second lane, and what became of them."""
+
+    def __init__(self, passes: Sequence[Any]) -> None:
+        self.passes = passes
+        self.over = False
+        self.error: BackendError | None = None
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def run(self, engine: Any) -> None:
+        """Do it, once: what was handed over twice is over the second time."""
+        if self.over:
+            return
+        try:
+            _run(engine, self.passes)
+        except BackendError as error:
+            self.error = error
+        self.over = True
+        self._gate.release()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it is over, or for a while."""
+        self._gate.acquire(timeout=seconds)
+
 
 class Lanes:
     """The step engine, opened so that two passes at a time use the CPU's threads.
+
+    Ctrl-C may strike between any two operations, also while one lane waits for the other. So nothing
+    here holds a lock while it waits, and an errand that was lost on its way is handed over again.
 
     Args:
         threads: CPU threads in all.
@@ -40,18 +74,20 @@ class Lanes:
         self._threads, self._open_step = threads, open_step
         # Two calls bring a thread each and share the engine's other ones.
         self.shared = open_step(max(threads - 1, 1))
-        self._pool = ThreadPoolExecutor(1, "reelrt-lane") if threads > 1 else None
-        self._second: Future[None] | None = None
+        self.parallel = threads > 1
+        self._errands: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
+        self._second: Errand | None = None
+        if self.parallel:
+            work = threading.Thread(
+                target=_second_lane, args=(self._errands, self.shared), name="reelrt-lane", daemon=True
+            )
+            work.start()
+            weakref.finalize(self, self._errands.put, None)
 
     @cached_property
     def whole(self) -> Any:
         """The engine with all threads within an operator, for a pass that has no partner."""
-        return self._open_step(self._threads) if self._pool else self.shared
-
-    @property
-    def parallel(self) -> bool:
-        """Whether there are two lanes."""
-        return self._pool is not None
+        return self._open_step(self._threads) if self.parallel else self.shared
 
     def run(self, passes: Sequence[Any]) -> None:
         """Run bound passes of `shared`, every other one on the second lane.
@@ -60,11 +96,12 @@ class Lanes:
             BackendError: The engine failed.
         """
         self.wait()
-        if self._pool is None or len(passes) < 2:
+        if not self.parallel or len(passes) < 2:
             _run(self.shared, passes)
             return
-        self._second = self._pool.submit(_run, self.shared, passes[1::2])
+        self._second = Errand(passes[1::2])
         try:
+            self._errands.put(self._second)
             _run(self.shared, passes[::2])
         finally:  # Ctrl-C, too, leaves no pass behind that still writes
             self.wait()
@@ -79,11 +116,25 @@ class Lanes:
         _run(self.whole, passes)
 
     def wait(self) -> None:
-        """Wait until no pass is running."""
-        if self._second is not None:
-            wait([self._second])  # Ctrl-C may end the waiting; the pass is still known then
-            second, self._second = self._second, None
-            second.result()
+        """Wait until no pass is running.
+
+        Raises:
+            BackendError: The engine failed on the second lane.
+        """
+        errand = self._second
+        while errand is not None and not errand.over:
+            errand.wait(PATIENCE)
+            if not errand.over:
+                self._errands.put(errand)
+        self._second = None
+        if errand is not None and errand.error is not None:
+            raise errand.error
+
+
+def _second_lane(errands: queue.SimpleQueue[Errand | None], engine: Any) -> None:
+    """Run errands until None comes."""
+    while (errand := errands.get()) is not None:
+        errand.run(engine)
 
 
 def _run(engine: Any, passes: Sequence[Any]) -> None:

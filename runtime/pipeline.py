@@ -18,6 +18,7 @@ import numpy as np
 
 from reelrt import __version__
 from reelrt.bundle.manifest import TOKENIZER, EngineSet
+from reelrt.bundle.spec import is_whole
 from reelrt.errors import BackendError, Cancelled, InputError
 from reelrt.progress import Progress, silent
 from reelrt.runtime.formats import Frames
@@ -28,6 +29,10 @@ from reelrt.runtime.request import Job, Limits, plan
 from reelrt.runtime.session import Array, Float32, Sessions, open_sessions
 from reelrt.runtime.text import TextEncoder, Tokenizer
 from reelrt.runtime.video import FilePath, Video
+
+MOST_THREADS = 1024
+CUT_SHOWN = 60
+"""Letters of a prompt's cut end that a warning shows; the metadata keep all of it."""
 
 Prompts = list[str] | tuple[str, ...]  # a str is a Sequence[str] too, so that would not tell them apart
 
@@ -58,8 +63,8 @@ def load(
         CompatibilityError: It was built for another backend version, device or machine.
         BackendError: No session of this version runs it, or its backend cannot open it.
     """
-    if threads is not None and threads < 1:
-        raise InputError(f"threads {threads} is not possible: give 1 or more.")
+    if threads is not None and not (is_whole(threads) and 1 <= threads <= MOST_THREADS):
+        raise InputError(f"threads {threads!r} is not possible: give a number from 1 to {MOST_THREADS}.")
     engines = EngineSet.load(Path(folder), check)
     return TextToVideo(engines, open_sessions(engines, threads, stream=stream, residency=residency))
 
@@ -81,7 +86,7 @@ class TextToVideo:
         self._limits = Limits(engines)
         self._text = TextEncoder(Tokenizer(engines.folder / TOKENIZER, engines.pipeline), sessions)
         self._loop: tuple[tuple[int, ...], StepLoop] | None = None
-        self._turn = threading.Lock()
+        self._turn, self._owner = threading.Lock(), 0
 
     @property
     def solvers(self) -> tuple[str, ...]:
@@ -181,8 +186,14 @@ class TextToVideo:
             solver=solver,
             latents=latents,
         )
+        if self._owner == threading.get_ident():
+            raise InputError("generate was called from its own progress or should_cancel.")
         with self._turn:
-            videos = self._run(jobs, progress or silent, should_cancel or (lambda: False))
+            self._owner = threading.get_ident()
+            try:
+                videos = self._run(jobs, progress or silent, should_cancel or (lambda: False))
+            finally:
+                self._owner = 0
         return videos[0] if isinstance(prompt, str) else videos
 
     def starting_latents(
@@ -204,7 +215,12 @@ class TextToVideo:
 
         Yields:
             RGB frames, uint8 [n, H, W, 3], F of them in all.
+
+        Raises:
+            InputError: Another shape, or numbers that are not finite.
+            RangeError: A size outside the engines' profile.
         """
+        self._limits.starts(latents, 1)
         size = self._limits.decoder_frames
         for begin in range(0, latents.shape[2], size):
             part = np.ascontiguousarray(latents[:, :, begin : begin + size])
@@ -219,7 +235,9 @@ class TextToVideo:
         requests, text_seconds, cuts = self._encode(jobs, checked)
         for words in dict.fromkeys(words for cut in cuts for words in cut.values()):
             length = self.engines.pipeline.geometry.tokens
-            message = f"a prompt is longer than the model's {length} tokens; this was cut: {words!r}"
+            shown = words if len(words) <= CUT_SHOWN else f"{words[:CUT_SHOWN]}…"
+            count = f"{len(words.split())} words were" if " " in words else "this was"
+            message = f"a prompt is longer than the model's {length} tokens; {count} cut: {shown!r}"
             warnings.warn(message, UserWarning, stacklevel=3)
         denoised = self._denoise(requests, checked)
         videos: list[Video] = []

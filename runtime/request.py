@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from reelrt.bundle.manifest import EngineSet
+from reelrt.bundle.schedule import MAX_GUIDANCE
+from reelrt.bundle.spec import is_whole
 from reelrt.errors import InputError, RangeError
 from reelrt.runtime.noise import check_seed, draw_seed, starting_noise
 from reelrt.runtime.session import Float32
 
 Shape = tuple[int, int, int, int]
-
-MAX_GUIDANCE = 1000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,10 +76,10 @@ class Limits:
         geometry = self.geometry
         frames = geometry.frames if frames is None else frames
         width, height = (geometry.width, geometry.height) if size is None else _pair(size)
-        if not _whole(frames):
+        if not is_whole(frames):
             raise InputError(f"frames {frames!r} is not a whole number.")
         for name, value in (("width", width), ("height", height)):
-            if not _whole(value) or value <= 0 or value % geometry.size_multiple:
+            if not is_whole(value) or value <= 0 or value % geometry.size_multiple:
                 raise InputError(f"{name} {value!r} is not a multiple of {geometry.size_multiple} pixels.")
         self._step["frames"].check("frames", frames)
         scale = geometry.spatial_scale
@@ -95,7 +96,7 @@ class Limits:
             RangeError: The solver or step count was not compiled, or the engines' table is too
                 short for it.
         """
-        if not _whole(steps):
+        if not is_whole(steps):
             raise InputError(f"steps {steps!r} is not a whole number.")
         if not _number(guidance) or not 0 <= guidance <= MAX_GUIDANCE:
             raise InputError(
@@ -119,7 +120,11 @@ class Limits:
             InputError: Another shape or dtype, or numbers that are not finite.
             RangeError: A size outside the engines' profile.
         """
-        geometry, shape = self.geometry, np.shape(latents)
+        geometry = self.geometry
+        try:
+            shape = np.shape(latents)
+        except ValueError as error:
+            raise InputError(f"latents are no array: {error}.") from error
         if len(shape) != 5 or shape[0] not in (1, count) or shape[1] != geometry.latent_channels:
             raise InputError(
                 f"latents have shape {shape}; give [1 or {count}, {geometry.latent_channels}, "
@@ -130,7 +135,13 @@ class Limits:
             raise InputError("latents are not all finite floating-point numbers.")
         scale = geometry.spatial_scale
         self.latent_shape(shape[2], (shape[4] * scale, shape[3] * scale))
-        return [latents[index % len(latents)].astype(np.float32) for index in range(count)]
+        with np.errstate(over="ignore"):
+            small = latents.astype(np.float32)
+        if not np.isfinite(small).all():
+            raise InputError(
+                f"latents are as large as {np.abs(latents).max():.1e}, which float32 does not hold."
+            )
+        return [small[index % len(small)].copy() for index in range(count)]
 
 
 def plan(
@@ -152,13 +163,17 @@ def plan(
         InputError: See `TextToVideo.generate`.
         RangeError: As above.
     """
+    if not isinstance(prompts, list | tuple):
+        raise InputError(f"the prompt is a {type(prompts).__name__}.", "Give a text, or a list of texts.")
     if not prompts:
         raise InputError("no prompt was given.")
     for prompt in prompts:
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f"the prompt {prompt!r} is empty or no text.", "Say what the video shall show.")
+        _check_text(prompt)
     if not isinstance(negative_prompt, str):
         raise InputError(f"the negative prompt {negative_prompt!r} is no text.")
+    _check_text(negative_prompt)
     solver = limits.pipeline.solver if solver is None else solver
     guidance = limits.pipeline.guidance if guidance is None else guidance
     table, sigma = limits.table(solver, steps, guidance)
@@ -186,13 +201,21 @@ def plan(
     ]
 
 
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+def _check_text(text: str) -> None:
+    """Refuse what no tokenizer reads; a terminal's words need not be UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt {text!r} is not UTF-8.", "Write it in UTF-8.") from error
+
+
+def _seeds(seed: Any, count: int) -> list[int]:
     if seed is None:
         seed = draw_seed()
-    if isinstance(seed, Sequence):
+    if isinstance(seed, list | tuple | range | np.ndarray):
         if len(seed) != count:
             raise InputError(f"{len(seed)} seeds were given for {count} prompts; give one each.")
-        seeds = list(seed)
+        seeds = [*seed]
     else:
         check_seed(seed)
         seeds = [int(seed) + index for index in range(count)]
@@ -216,8 +239,8 @@ def _same_shape(
     own = (width * scale, height * scale)
     if frames not in (None, count):
         raise InputError(f"frames {frames} was asked for, and latents of {count} frames were given.")
-    if size is not None and tuple(size) != own:
-        raise InputError(f"size {tuple(size)} was asked for, and latents of size {own} were given.")
+    if size is not None and _pair(size) != own:
+        raise InputError(f"size {_pair(size)} was asked for, and latents of size {own} were given.")
     return channels, count, height, width
 
 
@@ -231,7 +254,3 @@ def _pair(size: tuple[int, int]) -> tuple[int, int]:
 
 def _number(value: object) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -15,8 +15,8 @@ from reelrt.bundle.manifest import Bundle, Engine, EngineSet, kind_of
 from reelrt.bundle.spec import Profile, Range
 from reelrt.jetson.device import physical_cores
 from reelrt.runtime.ort import OrtSessions
-from reelrt.runtime.pipeline import TextToVideo, load
-from reelrt.runtime.session import Sessions
+from reelrt.runtime.pipeline import TextToVideo
+from reelrt.runtime.session import Sessions, open_sessions
 
 BATCH, ROWS = 4, 200
 """Videos at once, and rows of a table: 100 steps of split guidance."""
@@ -36,17 +36,19 @@ def open_pipeline(
         folder: What `reelrt export`, `reelrt calibrate` or `reelrt build` wrote.
         threads: CPU threads; None takes one per physical core.
         check: Whether to verify the SHA-256 of every file first.
-        wrap: Given the sessions of a bundle, returns those that the pipeline uses.
+        wrap: Given the sessions of either, returns those that the pipeline uses.
 
     Raises:
         IntegrityError: Neither of the two, or a file of it is missing or damaged.
         CompatibilityError: An engine set of another backend version, device or machine.
         BackendError: No session of this version runs it, or ONNX Runtime cannot open it.
     """
-    if kind_of(folder) == EngineSet.kind and wrap is None:
-        return load(folder, threads=threads, check=check)
-    engines = as_engines(Bundle.load(folder, check))
-    sessions: Sessions = OrtSessions(engines, threads or physical_cores())
+    if kind_of(folder) == EngineSet.kind:
+        engines = EngineSet.load(folder, check)
+        sessions = open_sessions(engines, threads)
+    else:
+        engines = as_engines(Bundle.load(folder, check))
+        sessions = OrtSessions(engines, threads or physical_cores())
     return TextToVideo(engines, sessions if wrap is None else wrap(sessions))
 
 

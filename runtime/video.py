@@ -6,10 +6,9 @@ Files appear whole or not at all. Knows nothing of engines.
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -22,6 +21,9 @@ import numpy.typing as npt
 from reelrt.bundle.files import atomic_files
 from reelrt.errors import InputError
 from reelrt.runtime.formats import FORMATS, Format
+
+SLOWEST, FASTEST = 0.1, 1000
+"""Frames per second; below that, what players make of a file differs."""
 
 FilePath = str | os.PathLike[str]
 
@@ -73,14 +75,29 @@ class Video:
         _check_rate(fps)
         paths = form.files(target, len(self.frames))
         comment = json.dumps(dict(self.metadata))
-        rate = Fraction(fps).limit_denominator(1001)
+        rate = Fraction(float(fps)).limit_denominator(1001)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_files(paths) as partial:
                 form.write(partial, self.frames, rate, comment)
-        except OSError as error:
-            raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
+            for stale in _longer(form, target, len(paths)):
+                stale.unlink()
+        except (OSError, ValueError) as error:  # ValueError: a name with a null character
+            name = getattr(error, "filename", None) or target
+            raise InputError(f"cannot write {name}: {getattr(error, 'strerror', None) or error}.") from error
         return paths[0]
+
+
+def _longer(form: Format, target: Path, count: int) -> Iterator[Path]:
+    """The frames beyond a new video's end that an older, longer one of the same name left."""
+    while form.files(target, count + 1) != form.files(target, count):
+        path = form.files(target, count + 1)[-1]
+        try:
+            read_metadata(path)
+        except InputError:  # not there, or not ours
+            return
+        yield path
+        count += 1
 
 
 def check_writable(path: FilePath, fps: float = 8) -> None:
@@ -91,15 +108,18 @@ def check_writable(path: FilePath, fps: float = 8) -> None:
             frame rate.
     """
     target = Path(path)
-    _format(target)
+    form = _format(target)
     _check_rate(fps)
-    if target.is_dir():
-        raise InputError(f"{target} is a folder; name a file in it.")
+    for first in form.files(target, 1):
+        if first.is_dir() or target.is_dir():
+            raise InputError(f"{target if target.is_dir() else first} is a folder; name a file in it.")
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     try:
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise InputError(f"cannot write to {parent}: {error.strerror or error}.") from error
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=target.stem):
+            pass  # with the name's own length
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write to {parent}: {reason}.") from error
 
 
 def read_metadata(path: FilePath) -> dict[str, Any]:
@@ -124,8 +144,9 @@ def read_metadata(path: FilePath) -> dict[str, Any]:
 
 
 def _check_rate(fps: float) -> None:
-    if not (math.isfinite(fps) and 0 < fps <= 1000):
-        raise InputError(f"fps {fps} is not possible: give a number above 0, up to 1000.")
+    number = isinstance(fps, int | float | np.number) and not isinstance(fps, bool)
+    if not (number and SLOWEST <= fps <= FASTEST):
+        raise InputError(f"fps {fps!r} is not possible: give a number from {SLOWEST:g} to {FASTEST:g}.")
 
 
 def _format(path: Path) -> Format:

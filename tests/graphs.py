@@ -6,12 +6,14 @@ an activation and another convolution; the step, its table and the uint8 frames 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import numpy_helper, parser
+from onnx import helper, numpy_helper, parser
 
 from reelrt.bundle.manifest import SCHEDULES, TOKENIZER, Bundle, Model, Pipeline, Stage
 from reelrt.bundle.schedule import Schedule, Schedules
@@ -158,3 +160,64 @@ def tiny_bundle(folder: Path, seed: int = 0) -> Path:
     pipeline = Pipeline(model_entry, GEOMETRY, "split", "ddim", 7.5, start_token=0, end_token=1, pad_token=1)
     Bundle(folder, pipeline, stages).save("0.1.0")
     return folder
+
+
+def quantised(
+    bundle: Bundle, folder: Path, names: Sequence[str], *, activations: bool = True, stage: str = "step"
+) -> Bundle:
+    """A tiny bundle of which one stage multiplies by INT8 weights behind Q/DQ, as ModelOpt writes them.
+
+    Args:
+        bundle: The FP32 one.
+        folder: Where to write it; does not exist yet.
+        names: Weights to quantise, per channel.
+        activations: Whether the other side is quantised as well.
+        stage: The stage that has these weights.
+    """
+    shutil.copytree(bundle.folder, folder)
+    model = onnx.load(str(folder / f"{stage}.onnx"))
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        name = next((each for each in node.input if each in names), "")
+        if name:
+            axis = 0 if node.op_type == "Conv" else 1
+            values = numpy_helper.to_array(weights[name])
+            others = tuple(number for number in range(values.ndim) if number != axis)
+            scale = np.abs(values).max(others, keepdims=True) / 127
+            whole = np.round(values / scale).astype(np.int8)
+            weights[name].CopyFrom(numpy_helper.from_array(whole, name))
+            zeros = numpy_helper.from_array(np.zeros(scale.size, np.int8), f"{name}.zero")
+            graph.initializer.extend([numpy_helper.from_array(scale.ravel(), f"{name}.scale"), zeros])
+            inputs = [name, f"{name}.scale", f"{name}.zero"]
+            nodes.append(
+                helper.make_node("DequantizeLinear", inputs, [f"{name}.dq"], f"{name}_dq", axis=axis)
+            )
+            node.input[list(node.input).index(name)] = f"{name}.dq"
+        if name and activations:
+            data = node.input[0]
+            graph.initializer.append(numpy_helper.from_array(np.array(0.05, np.float32), f"{data}.scale"))
+            graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), f"{data}.zero"))
+            with_scale = [f"{data}.scale", f"{data}.zero"]
+            nodes.append(helper.make_node("QuantizeLinear", [data, *with_scale], [f"{data}.q"], f"{data}_q"))
+            nodes.append(
+                helper.make_node("DequantizeLinear", [f"{data}.q", *with_scale], [f"{data}.dq"], f"{data}_dq")
+            )
+            node.input[0] = f"{data}.dq"
+        nodes.append(node)
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(copies)
+    weight_file = f"{stage}.onnx.data"
+    (folder / weight_file).unlink()
+    onnx.save(
+        model,
+        str(folder / f"{stage}.onnx"),
+        save_as_external_data=True,
+        location=weight_file,
+        size_threshold=64,
+    )
+    stages = {**bundle.stages, stage: replace(bundle.stages[stage], precision="int8")}
+    Bundle(folder, bundle.pipeline, stages).save("0.1.0")
+    return Bundle.load(folder)

@@ -147,7 +147,7 @@ def test_a_callers_stream_and_context(sets, backend):
 def test_kernels_are_kept_beside_the_engines(sets):
     folder = sets.of("tensorrt_rtx", "fp32").folder
     reelrt.load(folder).generate(PROMPTS[0], steps=2, seed=1)
-    assert (folder / "step.engine.kernels").stat().st_size > 0
+    assert (folder / "step.engine.cache").stat().st_size > 0
 
 
 def test_compute_sanitizer_finds_nothing(sets, backend, tmp_path):

@@ -62,6 +62,18 @@ def another_gpu(folder: Path) -> None:
     changed(folder / "manifest.json", lambda data: data.update(rtx))
 
 
+def with_a_file_elsewhere(folder: Path) -> None:
+    data = json.loads((folder / "manifest.json").read_text())
+    data["files"]["../../a"] = "00"
+    (folder / "manifest.json").write_text(json.dumps(data))
+
+
+def with_an_unlisted_engine(folder: Path) -> None:
+    data = json.loads((folder / "manifest.json").read_text())
+    del data["files"]["step.onnx"]
+    (folder / "manifest.json").write_text(json.dumps(data))
+
+
 SPOILED: dict[str, tuple[str, Callable[[Path], None]]] = {
     "other-pipeline": ("model", other_pipeline),
     "without-weights": ("model", without_weights),
@@ -72,6 +84,8 @@ SPOILED: dict[str, tuple[str, Callable[[Path], None]]] = {
     "without-schedules": ("engines", without_schedules),
     "another-version": ("engines", another_version),
     "another-gpu": ("engines", another_gpu),
+    "elsewhere": ("bundle", with_a_file_elsewhere),
+    "unlisted": ("engines", with_an_unlisted_engine),
 }
 
 
@@ -134,9 +148,18 @@ CASES = [
     (
         ("build", "bundle", "-o", "new", "--frames", "1"),
         2,
-        "frames 1 is not available: this model takes 2 or more",
+        "frames 1 is not available: this model takes 2 to 1024",
     ),
-    (("build", "bundle", "-o", "new", "--batch", "0"), 2, "batch 0 is not available: engines take 1 or more"),
+    (("build", "bundle", "-o", "new", "--batch", "0"), 2, "batch 0 is not available: engines take 1 to 64"),
+    (
+        ("build", "bundle", "-o", "new", "--size", "100000x32"),
+        2,
+        "width 100000 is not available: this model takes multiples of 2 pixels from 4 to 8192",
+    ),
+    (generate("--steps", "abc"), 2, "Invalid value for '--steps'.*See `reelrt generate --help`"),
+    (("build", "bundle", "-o", "new", "--backend", "foo"), 2, "'foo' is not one of 'auto'"),
+    (("generate",), 2, "Missing argument 'ENGINES'"),
+    (("paint",), 2, "No such command 'paint'"),
     # Prompts and outputs.
     (generate(prompt=" "), 2, "the prompt ' ' is empty"),
     (generate(output="a.avi"), 2, r"unknown extension '\.avi'; choose one of \.mp4, \.webm, \.gif, \.png"),
@@ -144,9 +167,18 @@ CASES = [
     (generate(output="/proc/nowhere/a.mp4"), 7, "cannot write to /proc"),
     (("export", "model", "-o", "/proc/nowhere/new"), 7, "cannot write to /proc"),
     (("build", "bundle", "-o", "/proc/nowhere/new"), 7, "cannot write to /proc"),
-    (("export", "model", "-o", "photos"), 2, "photos exists and is neither empty nor a bundle"),
-    (("build", "bundle", "-o", "photos"), 2, "photos exists and is neither empty nor a bundle"),
-    (("build", "bundle", "-o", "photos/a.jpg"), 2, "a.jpg exists and is neither empty nor a bundle"),
+    (("export", "model", "-o", "photos"), 2, "photos exists and is not a bundle to replace"),
+    (("build", "bundle", "-o", "photos"), 2, "photos exists and is not an engine set to replace"),
+    (("build", "bundle", "-o", "photos/a.jpg"), 2, "a.jpg is a file, where a folder"),
+    (
+        ("build", "bundle", "-o", "bundle"),
+        2,
+        "bundle exists .'bundle'. and is not an engine set",
+    ),
+    (("export", "model", "-o", "engines"), 2, "engines exists .'engines'. and is not a bundle"),
+    (("build", "bundle", "-o", "."), 2, "is in use.*Name a folder in it"),
+    (("build", "elsewhere", "-o", "new"), 4, "'../../a' is not a file in this folder"),
+    (generate(engines="unlisted"), 4, "'step.onnx' has no hash"),
     (("video-info", "photos/a.jpg"), 2, "unknown extension '.jpg'"),
 ]
 
@@ -168,6 +200,8 @@ def test_one_sentence_and_nothing_changed(
 def test_an_error_is_a_json_document_when_asked(place: Path) -> None:
     result = reelrt("build", "cut-bundle", "-o", "new", "--json", folder=place)
     told = json.loads(result.stdout)["error"]
+    wrong = json.loads(reelrt(*generate("--steps", "abc", "--json"), folder=place).stdout)["error"]
+    assert (wrong["exit_code"], wrong["type"]) == (2, "InputError")
     assert (result.returncode, told["exit_code"], told["type"]) == (4, 4, "IntegrityError")
     assert "step.onnx" in told["message"]
     assert told["remedy"] == "Build this folder again."
@@ -192,6 +226,6 @@ def test_an_over_long_prompt_is_made_all_the_same_and_what_was_cut_is_said(
     result = reelrt(*generate("--steps", "1", prompt=prompt, output=str(tmp_path / "a.gif")), folder=place)
     assert result.returncode == 0, result.stderr
     (warning,) = [line for line in result.stderr.splitlines() if line.startswith("Warning")]
-    assert re.search(r"longer than the model's 77 tokens; this was cut: '.*a blue square'", warning)
+    assert re.search(r"longer than the model's 77 tokens; \d+ words were cut: '", warning)
     told = json.loads(reelrt("video-info", tmp_path / "a.gif", "--json").stdout)
     assert (told["prompt"], told["cut"].endswith("and a blue square")) == (prompt, True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from reelrt.bundle.manifest import EngineSet
+from reelrt.bundle.manifest import Bundle, EngineSet
 from reelrt.engines.backends import installed
 from reelrt.engines.builder import build_engines
+from reelrt.engines.memory import Planner, Video, plan_of_engines
+from reelrt.jetson.targets import find
 from tests.graphs import tiny_bundle
 
 pytestmark = [
@@ -63,6 +66,31 @@ def test_fp16_halves_the_weights(sets):
     full, half = sets["fp32"][0].engines, sets["fp16"][0].engines
     for name, engine in half.items():
         assert engine.weight_bytes < 0.6 * full[name].weight_bytes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_plan_is_within_15_percent_of_the_builder(bundle, sets, precision):
+    engines, _ = sets[precision]
+    planner = Planner(Bundle.load(bundle), find("rtx3060"))
+    for name, engine in engines.engines.items():
+        cost = planner.cost(name, precision, {axis: each.max for axis, each in engine.profile.items()})
+        assert cost.activation_bytes == pytest.approx(engine.activation_bytes, rel=0.15), name
+        assert cost.weight_bytes == pytest.approx(engine.weight_bytes, rel=0.05, abs=1 << 14), name
+
+
+def test_the_builders_numbers_replace_the_estimate(bundle, sets):
+    engines, _ = sets["fp16"]
+    source, found = Bundle.load(bundle), engines.engines["step"].profile
+    scale = source.pipeline.geometry.spatial_scale
+    width, height = found["width"].max * scale, found["height"].max * scale
+    video = Video(width, height, found["frames"].max, 1, "fp16", "split")
+    need = Planner(source, find("rtx3060"), engines).plan(video).stages
+    alone = plan_of_engines(engines, find("rtx3060"))
+    for name, engine in engines.engines.items():
+        assert (need[name].source, alone.stages[name].source) == ("builder", "builder")
+        assert need[name].activation_bytes == alone.stages[name].activation_bytes == engine.activation_bytes
+    smaller = Planner(source, find("rtx3060"), engines).plan(replace(video, frames=video.frames - 1))
+    assert smaller.stages["step"].source == "estimate"
 
 
 def test_fp16_is_what_a_gpu_gets_and_nothing_is_built_twice(bundle, sets):

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from reelrt.bundle.manifest import MANIFEST, SCHEDULES, Bundle, Engine, EngineSet, Model, Pipeline, Stage
+from reelrt.bundle.manifest import (
+    MANIFEST,
+    SCHEDULES,
+    STAGES,
+    Bundle,
+    Engine,
+    EngineSet,
+    Model,
+    Pipeline,
+    Stage,
+)
 from reelrt.bundle.schedule import Schedule, Schedules
-from reelrt.bundle.spec import Geometry, Range, step_spec, text_encoder_spec
+from reelrt.bundle.spec import Geometry, Range, step_spec, text_encoder_spec, vae_decoder_spec
 from reelrt.errors import IntegrityError
 
 GEOMETRY = Geometry(4, 8, 8, 77, 1024, 6, 16, 384, 384)
+SPECS = (text_encoder_spec, step_spec, vae_decoder_spec)
 PIPELINE = Pipeline(
     Model("moving-shapes", "unet3d", "ab" * 32, "Apache-2.0", 123),
     GEOMETRY,
@@ -29,12 +41,14 @@ PIPELINE = Pipeline(
 def bundle(tmp_path):
     folder = tmp_path / "bundle"
     folder.mkdir()
-    (folder / "step.onnx").write_bytes(b"graph")
+    for name in STAGES:
+        (folder / f"{name}.onnx").write_bytes(b"graph")
     ones = np.ones((1, 1))
     Schedules([Schedule("ddim", ones[0], ones[0], ones, ones, 1.0)]).save(folder / SCHEDULES)
     stages = {
         "text_encoder": Stage(text_encoder_spec(GEOMETRY), "text_encoder.onnx", "fp16", 7),
         "step": Stage(step_spec(GEOMETRY), "step.onnx", "fp32", 8),
+        "vae_decoder": Stage(vae_decoder_spec(GEOMETRY), "vae_decoder.onnx", "fp32", 9),
     }
     Bundle(folder, PIPELINE, stages).save("0.1.0")
     return folder
@@ -44,21 +58,23 @@ def bundle(tmp_path):
 def engines(tmp_path):
     folder = tmp_path / "engines"
     folder.mkdir()
-    (folder / "step.engine").write_bytes(b"engine")
+    for name in STAGES:
+        (folder / f"{name}.engine").write_bytes(b"engine")
+    specs = {spec.name: spec for spec in (each(GEOMETRY) for each in SPECS)}
+    profile = {axis: Range(1, 1, 4) for axis in ("batch", "rows", "height", "width")}
     engine = Engine(
-        spec=step_spec(GEOMETRY),
+        spec=specs["step"],
         file="step.engine",
         precision="fp16",
-        profile={"batch": Range(1, 1, 4), "frames": Range(8, 16, 16)},
+        profile={**profile, "frames": Range(8, 16, 16)},
         key="cd" * 32,
         key_fields={"backend": "onnxruntime", "version": "1"},
         weight_bytes=8,
         activation_bytes=9,
         build_seconds=1.5,
     )
-    saved = EngineSet(
-        folder, "ef" * 32, PIPELINE, "tensorrt_rtx", "1.7.1", "rtx3060", "8.6", {"step": engine}
-    )
+    each = {name: replace(engine, spec=specs[name], file=f"{name}.engine") for name in STAGES}
+    saved = EngineSet(folder, "ef" * 32, PIPELINE, "tensorrt_rtx", "1.7.1", "rtx3060", "8.6", each)
     saved.save("0.1.0")
     return saved
 
@@ -67,8 +83,8 @@ def test_bundle_there_and_back(bundle):
     loaded = Bundle.load(bundle)
     assert loaded.pipeline == PIPELINE
     assert loaded.stages["step"] == Stage(step_spec(GEOMETRY), "step.onnx", "fp32", 8)
-    assert set(loaded.stages) == {"text_encoder", "step"}
-    assert set(loaded.files) == {"step.onnx", SCHEDULES}
+    assert set(loaded.stages) == set(STAGES)
+    assert set(loaded.files) == {*(f"{name}.onnx" for name in STAGES), SCHEDULES}
     assert loaded.version == "0.1.0"
     assert loaded.schedules.solvers == ("ddim",)
 
@@ -78,7 +94,29 @@ def test_engine_set_there_and_back(engines):
     for field in ("bundle", "pipeline", "backend", "backend_version", "target", "compute_capability"):
         assert getattr(loaded, field) == getattr(engines, field), field
     assert loaded.engines == engines.engines
-    assert set(loaded.files) == {"step.engine"}
+    assert set(loaded.files) == {f"{name}.engine" for name in STAGES}
+
+
+def test_layers_that_stay_fp32_and_what_layers_run_in_are_kept(bundle, engines):
+    loaded = Bundle.load(bundle)
+    step = replace(loaded.stages["step"], keep_fp32=("node_1", "node_2"))
+    Bundle(bundle, PIPELINE, {**loaded.stages, "step": step}).save("0.1.0")
+    assert Bundle.load(bundle).stages == {**loaded.stages, "step": step}
+    layers = {"linear": {"fp16": {"count": 2, "weight_bytes": 64}}}
+    engine = replace(engines.engines["step"], layers=layers, inspected={"Gemm": {"fp16": 2}})
+    replace(engines, engines={"step": engine}).save("0.1.0")
+    assert EngineSet.load(engines.folder).engines == {"step": engine}
+
+
+def test_manifests_of_before_there_was_an_audit_still_load(bundle, engines):
+    assert "keep_fp32" not in (bundle / MANIFEST).read_text()
+    assert Bundle.load(bundle).stages["step"].keep_fp32 == ()
+    path = engines.folder / MANIFEST
+    data = json.loads(path.read_text())
+    for name in ("layers", "inspected"):
+        del data["engines"]["step"][name]
+    path.write_text(json.dumps(data))
+    assert EngineSet.load(engines.folder).engines["step"].layers == {}
 
 
 def test_bundle_hash_follows_its_files(bundle):
@@ -140,4 +178,50 @@ def test_an_engine_set_whose_manifest_lacks_an_entry_is_refused(engines):
     del data["engines"]["step"]["profile"]
     (engines.folder / MANIFEST).write_text(json.dumps(data))
     with pytest.raises(IntegrityError, match=r"incomplete or damaged \(KeyError: 'profile'\)"):
+        EngineSet.load(engines.folder)
+
+
+@pytest.mark.parametrize("name", ["../step.onnx", "/etc/passwd", "sub/../../step.onnx", "..\\step.onnx"])
+def test_a_file_elsewhere_is_refused(bundle, name):
+    data = json.loads((bundle / MANIFEST).read_text())
+    data["files"][name] = "00"
+    (bundle / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(IntegrityError, match="is not a file in this folder"):
+        Bundle.load(bundle)
+
+
+@pytest.mark.parametrize("name", ["step.onnx", SCHEDULES])
+def test_a_file_that_is_used_and_has_no_hash_is_refused(bundle, name):
+    data = json.loads((bundle / MANIFEST).read_text())
+    del data["files"][name]
+    (bundle / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(IntegrityError, match=f"'{name}' has no hash"):
+        Bundle.load(bundle)
+
+
+def test_weights_that_were_put_beside_a_graph_are_refused(bundle):
+    (bundle / "step.onnx.data").write_bytes(b"other weights")
+    with pytest.raises(IntegrityError, match=r"'step\.onnx\.data' has no hash"):
+        Bundle.load(bundle)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["engines"].pop("step"),
+        lambda data: data["engines"]["step"]["profile"].pop("frames"),
+        lambda data: data["engines"]["step"]["profile"]["frames"].update(min="8"),
+        lambda data: data["engines"]["vae_decoder"]["profile"]["frames"].update(opt=0),
+        lambda data: data["engines"]["step"].update(file="../step.engine"),
+        lambda data: data["pipeline"]["geometry"].update(spatial_scale=0),
+        lambda data: data["pipeline"]["geometry"].update(tokens="a"),
+        lambda data: data["pipeline"].update(guidance=None),
+        lambda data: data["pipeline"].update(cfg="both"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(engines, change):
+    data = json.loads((engines.folder / MANIFEST).read_text())
+    change(data)
+    (engines.folder / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(IntegrityError, match="incomplete or damaged"):
         EngineSet.load(engines.folder)

@@ -15,8 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from reelrt import __version__, console
-from reelrt.cli import _outputs, _size, app
-from reelrt.console import EXIT_CODES, command, progress_bars, show
+from reelrt.cli import _outputs, app
+from reelrt.console import EXIT_CODES, command, parse_size, progress_bars, show
 from reelrt.errors import CompatibilityError, InputError, RangeError, ReelError
 from reelrt.runtime.video import Video
 
@@ -25,7 +25,7 @@ runner = CliRunner()
 
 
 def commands() -> list[list[str]]:
-    found = [[name] for name in ("export", "build", "generate", "inspect", "doctor", "video-info")]
+    found = [[name] for name in ("export", "build", "generate", "inspect", "plan", "doctor", "video-info")]
     return [*found, ["evaluate", "adherence"]]
 
 
@@ -173,12 +173,12 @@ def test_progress_on_a_terminal_shows_what_and_how_far(monkeypatch) -> None:
 
 
 def test_sizes_are_width_by_height() -> None:
-    assert _size("832x448") == (832, 448)
-    assert _size("64X48") == (64, 48)
-    assert _size(None) is None
+    assert parse_size("832x448") == (832, 448)
+    assert parse_size("64X48") == (64, 48)
+    assert parse_size(None) is None
     for text in ("64", "x64", "64x", "-8x8", "64x64x3", "8.5x8", ""):
         with pytest.raises(InputError, match="WIDTHxHEIGHT"):
-            _size(text)
+            parse_size(text)
 
 
 def test_several_prompts_number_their_files() -> None:

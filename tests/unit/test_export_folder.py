@@ -46,6 +46,7 @@ def model(tmp_path: Path) -> Path:
     for component, file in WEIGHTS.items():
         write_json(folder / component / "config.json", {"made": "by a test"})
         save_file({"weight": np.ones((4, 4), np.float32)}, folder / component / file)
+    write_json(folder / "tokenizer" / "tokenizer.json", {"made": "by a test"})
     (folder / "README.md").write_text(CARD, encoding="utf-8")
     return folder
 
@@ -90,7 +91,14 @@ FAULTS = {
         lambda m: edit_index(m, _class_name="StableDiffusionPipeline"),
         "is a StableDiffusionPipeline, which cannot be exported. Supported is TextToVideoSDPipeline.",
     ),
-    "no pipeline": (lambda m: edit_index(m, _class_name=None), "is a None, which cannot be exported"),
+    "tokenizer missing": (
+        lambda m: (m / "tokenizer" / "tokenizer.json").unlink(),
+        "tokenizer holds no tokenizer",
+    ),
+    "no pipeline": (
+        lambda m: edit_index(m, _class_name=None),
+        "is a model of no class, which",
+    ),
     "other text encoder": (
         lambda m: edit_index(m, text_encoder=["transformers", "T5EncoderModel"]),
         "text_encoder is a T5EncoderModel; only CLIPTextModel can be exported.",

@@ -5,7 +5,10 @@ The toy network is one line of arithmetic, so that a result can be computed here
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
+import time
 import tracemalloc
 from dataclasses import replace
 
@@ -121,8 +124,12 @@ def make_engines(folder, **changes):
     specs = [text_encoder_spec(GEOMETRY), step_spec(GEOMETRY), vae_decoder_spec(GEOMETRY)]
     profile = {"batch": Range(1, 1, 3), "rows": Range(1, 20, 20), "frames": Range(2, 4, 8)}
     profile.update(height=Range(2, 4, 8), width=Range(2, 6, 12))
-    small = {"batch": Range(1, 1, 1), "frames": Range(1, 3, 3)}
-    small.update(height=Range(2, 4, 8), width=Range(2, 6, 10))
+    small = {
+        "batch": Range(1, 1, 1),
+        "frames": Range(1, 3, 3),
+        "height": Range(2, 4, 8),
+        "width": Range(2, 6, 10),
+    }
     profiles = {"text_encoder": {"batch": Range(1, 1, 1)}, "step": profile, "vae_decoder": small}
     engines = {}
     for spec in specs:
@@ -296,6 +303,17 @@ def test_latents_in(pipe):
         ({"size": (112, 32)}, "width 112 is not available: these engines take 16 to 96"),
         ({"size": (96, 32)}, "width 96 is not available: these engines take 16 to 80"),
         ({"size": 48}, "size 48"),
+        ({"prompt": b"red"}, "the prompt is a bytes"),
+        ({"prompt": {"red": 1}}, "the prompt is a dict"),
+        ({"prompt": "red \udcff"}, "is not UTF-8"),
+        ({"negative_prompt": "\ud800"}, "is not UTF-8"),
+        ({"seed": b"1"}, "seed b'1'"),
+        ({"seed": None, "latents": [[1], [2, 3]]}, "latents are no array"),
+        (
+            {"seed": None, "latents": np.full((1, 4, 4, 4, 6), 1e300)},
+            "which float32 does not hold",
+        ),
+        ({"seed": None, "latents": np.zeros((1, 4, 4, 4, 6), np.float32), "size": 64}, "size 64 is not"),
     ],
 )
 def test_bad_input(pipe, options, message):
@@ -312,11 +330,11 @@ def test_steps_up_to_the_table_without_guidance(pipe):
 def test_an_over_long_prompt_warns_and_remembers(pipe):
     long = "red blue red blue circle square"
     for _ in range(2):
-        with pytest.warns(UserWarning, match="6 tokens; this was cut: 'circle square'") as caught:
+        with pytest.warns(UserWarning, match="6 tokens; 2 words were cut: 'circle square'") as caught:
             video = pipe.generate(["red", long], steps=2, seed=1)[1]
         assert [warning.filename for warning in caught] == [__file__]
     assert video.metadata["cut"] == "circle square"
-    with pytest.warns(UserWarning, match="this was cut: 'circle square'"):
+    with pytest.warns(UserWarning, match="2 words were cut: 'circle square'"):
         video = pipe.generate("red", negative_prompt=long, steps=2, seed=1)
     assert video.metadata["negative_cut"] == "circle square"
     assert "cut" not in video.metadata
@@ -356,6 +374,63 @@ def test_ctrl_c_leaves_the_pipeline_usable(pipe):
         pipe.generate(["red", "blue"], steps=5, seed=1, progress=interrupt)
     after = pipe.generate(["red", "blue", "red"], steps=5, seed=1)
     assert all(np.array_equal(a.latents, b.latents) for a, b in zip(before, after, strict=True))
+
+
+def test_ctrl_c_at_any_moment_never_hangs(pipe):
+    """A signal every few milliseconds, several on end: one may strike while a lane waits for the other."""
+    before = pipe.generate("red", steps=5, seed=1)
+    main, stop = threading.main_thread().ident, threading.Event()
+
+    def strike():
+        rng = np.random.default_rng(0)
+        while not stop.wait(rng.uniform(0, 0.004)):
+            for _ in range(rng.integers(1, 4)):
+                signal.pthread_kill(main, signal.SIGINT)
+
+    struck, began = 0, time.monotonic()
+
+    def suffer():
+        nonlocal struck
+        try:
+            pipe.generate(["red", "blue"], steps=5, seed=1)
+        except KeyboardInterrupt:
+            struck += 1
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    while time.monotonic() - began < 2:
+        with contextlib.suppress(KeyboardInterrupt):
+            suffer()
+    while thread.is_alive():
+        with contextlib.suppress(KeyboardInterrupt):
+            stop.set()
+            thread.join()
+    assert struck > 10
+    assert np.array_equal(pipe.generate("red", steps=5, seed=1).latents, before.latents)
+
+
+def test_seeds_from_an_array(pipe):
+    videos = pipe.generate(["red", "blue"], steps=1, seed=np.array([4, 9]))
+    assert [video.metadata["seed"] for video in videos] == [4, 9]
+
+
+def test_calling_it_from_its_own_progress_is_refused(pipe):
+    with pytest.raises(InputError, match="from its own progress"):
+        pipe.generate("red", steps=1, progress=lambda *_: pipe.generate("blue", steps=1))
+    assert pipe.generate("red", steps=1, seed=1).frames.any()
+
+
+def test_decoding_what_is_none(pipe):
+    good = pipe.starting_latents(1)
+    for latents, message in ((good * np.nan, "not all finite"), (good[0], "latents have shape")):
+        with pytest.raises(InputError, match=message):
+            list(pipe.decode(latents))
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", 10**5])
+def test_threads_that_cannot_be(folder, threads):
+    with pytest.raises(InputError, match="threads .* is not possible"):
+        reelrt.load(folder, threads=threads)
 
 
 def test_calls_from_several_threads_take_turns(pipe):

@@ -9,6 +9,7 @@ import pytest
 from reelrt.engines.backends import RTX_CAPABILITIES, choose
 from reelrt.errors import InputError
 from reelrt.jetson import device as machine
+from reelrt.jetson.boards import boards
 from reelrt.jetson.device import Device, Gpu, detect, host_target, jetpack
 from reelrt.jetson.targets import TARGETS, find
 
@@ -19,7 +20,7 @@ ORIN = Device(Gpu("Orin", "8.7", 2**35, "12.6"), "Jetson AGX Orin", "6", "aarch6
 
 def test_the_targets_of_the_command_line_are_there():
     wanted = "rtx3060 rtx4060 sm86 sm75 sm80 sm89 sm120 orin-agx orin-nx orin-nano"
-    assert set(TARGETS) == set(wanted.split())
+    assert set(TARGETS) == {*wanted.split(), *boards()}
     assert find("rtx3060").compute_capability == "8.6"
     assert find("orin-nano").compute_capability == "8.7"
 

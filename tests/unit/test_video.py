@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -109,6 +110,34 @@ def test_png_frames_are_exact(tmp_path):
         assert read_metadata(tmp_path / name) == METADATA
 
 
+def test_a_shorter_video_leaves_no_frames_of_a_longer_one(tmp_path):
+    (tmp_path / "a_006.png").write_bytes(b"somebody else's")
+    make_video().save(tmp_path / "a.png")
+    video = make_video()
+    replace(video, frames=video.frames[:2]).save(tmp_path / "a.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_000.png", "a_001.png", "a_006.png"]
+
+
+def test_a_frame_that_cannot_be_replaced_leaves_all_of_the_old_ones(tmp_path):
+    make_video().save(tmp_path / "a.png")
+    (tmp_path / "a_004.png").unlink()
+    (tmp_path / "a_004.png").mkdir()
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png") if path.is_file()}
+    video = make_video()
+    with pytest.raises(InputError, match=r"cannot write .*a_004\.png"):
+        replace(video, frames=255 - video.frames).save(tmp_path / "a.png")
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif"])
+@pytest.mark.parametrize("fps", [0.1, 1000])
+def test_the_slowest_and_the_fastest(tmp_path, suffix, fps):
+    path = make_video().save(tmp_path / f"a{suffix}", fps=np.float32(fps))
+    if suffix != ".gif":
+        with av.open(str(path)) as container:
+            assert float(container.streams.video[0].average_rate) == pytest.approx(fps, rel=1e-3)
+
+
 def test_same_video_same_bytes(tmp_path):
     for suffix in (".mp4", ".webm", ".gif"):
         one, two = (make_video().save(tmp_path / f"{name}{suffix}") for name in "ab")
@@ -154,7 +183,7 @@ def test_unwritable_places(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.mp4"]
 
 
-@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("fps", [0, -1, 0.001, 1001, float("nan"), float("inf"), "8", None, True, 10**400])
 def test_impossible_frame_rates(tmp_path, fps):
     with pytest.raises(InputError, match="fps"):
         make_video().save(tmp_path / "a.mp4", fps=fps)

@@ -1,0 +1,348 @@
+"""An FP32 bundle and its trajectories become an INT8 bundle, with what was decided and why.
+
+The step is quantised but for the layers that stay in FP32: those that a sweep of their sensitivity
+names, or the default of the model's family. Text encoder and VAE decoder are quantised, measured on
+prompts that no range came from, and used only if they hold. What is not quantised stays FP32.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from reelrt import __version__
+from reelrt.bundle.files import atomic_folder
+from reelrt.bundle.manifest import Bundle, Stage
+from reelrt.bundle.spec import StageSpec
+from reelrt.calibration import qdq
+from reelrt.calibration.int8 import Method, check_installed, quantise
+from reelrt.calibration.layers import Layer, find_layers, kept_by_default, matching
+from reelrt.calibration.recorder import open_graph
+from reelrt.calibration.sensitivity import (
+    Sensitivity,
+    check_budget,
+    final_latents,
+    plot,
+    relative_error,
+    sweep,
+)
+from reelrt.calibration.trajectories import Trajectories, fingerprint
+from reelrt.errors import CalibrationError, InputError
+from reelrt.progress import Progress, silent
+from reelrt.runtime.session import Array
+
+REPORT, PLOT, SWEEP = "calibration.json", "sensitivity.png", "sensitivity.json"
+
+MIN_SAMPLES = 16
+"""Fewer samples than this are no ground for ranges."""
+CHECKED_PROMPTS = 2
+"""Prompts whose final latents are compared with the recorded ones."""
+CHUNK = 4
+"""Latent frames per call of the VAE decoder."""
+
+HOLDS: Mapping[str, tuple[str, float]] = {
+    "text_encoder": ("relative error of the embeddings (RMS)", 0.01),
+    "vae_decoder": ("relative error of the frames (RMS)", 0.01),
+}
+"""Stage to what is measured of its INT8 version and the most that is allowed for it to be used."""
+
+WeightQuantiser = Callable[[Path, Path, StageSpec], Any]
+"""Writes a graph whose weights alone are INT8: source, target, the stage's boundary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A calibrated bundle and what was decided.
+
+    Attributes:
+        bundle: The bundle on disk.
+        report: What its `calibration.json` holds.
+    """
+
+    bundle: Bundle
+    report: Mapping[str, Any]
+
+
+def calibrate_int8(
+    bundle: Bundle,
+    trajectories: Trajectories,
+    output: Path,
+    *,
+    method: Method = "percentile",
+    budget: float | None = None,
+    keep: Sequence[str] = (),
+    work: Path | None = None,
+    progress: Progress = silent,
+) -> Calibrated:
+    """Write the INT8 version of an FP32 bundle.
+
+    Args:
+        bundle: The FP32 bundle; verified.
+        trajectories: Recorded with it.
+        output: The bundle to write.
+        method: How an activation's range is found.
+        budget: Relative error of the final latents that is allowed. With it every layer's sensitivity
+            is measured and the most sensitive ones stay FP32; without, those of the family's default.
+        keep: Regular expressions of further layers that stay FP32.
+        work: Where a sweep keeps what it measured, so that it can go on; None for nowhere.
+        progress: Told of `ranges`, `sensitivity`, `text_encoder`, `vae_decoder` and `check`.
+
+    Raises:
+        InputError: Not an FP32 bundle, too few samples, an impossible budget, or trajectories of
+            another bundle.
+        CalibrationError: ModelOpt cannot quantise the graph.
+        BackendError: ModelOpt is not installed.
+    """
+    import onnx
+
+    _check(bundle, trajectories, output)
+    if budget is not None:
+        check_budget(budget)
+    check_installed()
+    stage = bundle.stages["step"]
+    source = bundle.folder / stage.file
+    layers = find_layers(onnx.load(source, load_external_data=False).graph)
+    model = quantise(
+        source,
+        [node for layer in layers for node in layer.nodes],
+        lambda: (sample.inputs for sample in trajectories),
+        len(trajectories),
+        method=method,
+        progress=progress,
+    )
+    done = qdq.quantised(model.graph)
+    declined = [layer.name for layer in layers if not set(layer.nodes) <= done]
+    candidates = [layer for layer in layers if layer.name not in declined]
+    sensitivity = None
+    if budget is not None:
+        with TemporaryDirectory(prefix="reelrt-sweep-") as scratch:
+            file = (work or Path(scratch)) / SWEEP
+            sensitivity = sweep(
+                bundle, trajectories, model, candidates, file, method=method, progress=progress
+            )
+    reasons = dict.fromkeys(declined, "ModelOpt does not quantise it")
+    reasons |= _reasons(candidates, bundle.pipeline.model.family, sensitivity, budget, keep)
+    with atomic_folder(output, Bundle.kind) as folder:
+        _copy(bundle, folder)
+        nodes = {node for layer in layers if layer.name not in reasons for node in layer.nodes}
+        qdq.restrict(model, nodes)
+        qdq.fold_weights(model)
+        weight_bytes = qdq.save(model, folder / stage.file)
+        stages = {**bundle.stages, "step": replace(stage, precision="int8", weight_bytes=weight_bytes)}
+        others = {}
+        for name in HOLDS:
+            others[name], made = _other(bundle, trajectories, name, folder, method, progress)
+            stages[name] = made or bundle.stages[name]
+        error = _checked(bundle, folder / stage.file, trajectories, progress)
+        report = {
+            **_head(bundle, trajectories),
+            "precision": "int8",
+            "method": method,
+            "budget": budget,
+            "layers": {"quantised": len(layers) - len(reasons), "kept_fp32": reasons},
+            "nodes": {"quantised": len(nodes), "all": sum(len(layer.nodes) for layer in layers)},
+            "final_latents": {"relative_error": error, "prompts": CHECKED_PROMPTS},
+            "other_stages": others,
+            "sensitivity": sensitivity.document() if sensitivity else None,
+        }
+        if sensitivity:
+            plot(sensitivity, list(reasons), folder / PLOT)
+        _finish(bundle, folder, stages, report)
+    return Calibrated(Bundle.load(output, check=False), report)
+
+
+def calibrate_weights(
+    bundle: Bundle,
+    trajectories: Trajectories | None,
+    output: Path,
+    quantiser: WeightQuantiser,
+    *,
+    progress: Progress = silent,
+) -> Calibrated:
+    """Write a bundle whose step has INT8 weights and floating-point arithmetic.
+
+    Args:
+        bundle: The FP32 bundle; verified.
+        trajectories: For measuring what it costs; None does not measure.
+        output: The bundle to write.
+        quantiser: What makes the graph.
+        progress: Told of `weights` and `check`.
+
+    Raises:
+        InputError: Not an FP32 bundle, or trajectories of another one.
+    """
+    _check(bundle, trajectories, output)
+    stage = bundle.stages["step"]
+    with atomic_folder(output, Bundle.kind) as folder:
+        _copy(bundle, folder)
+        for path in _files(bundle, stage):
+            (folder / path).unlink(missing_ok=True)
+        progress("weights", 0, 1)
+        quantiser(bundle.folder / stage.file, folder / stage.file, stage.spec)
+        progress("weights", 1, 1)
+        weight_bytes = qdq.weight_bytes(folder / stage.file)
+        stages = {
+            **bundle.stages,
+            "step": replace(stage, precision="int8-weights", weight_bytes=weight_bytes),
+        }
+        report: dict[str, Any] = {"precision": "int8-weights"}
+        if trajectories is not None:
+            error = _checked(bundle, folder / stage.file, trajectories, progress)
+            report = {**_head(bundle, trajectories), **report}
+            report["final_latents"] = {"relative_error": error, "prompts": CHECKED_PROMPTS}
+        _finish(bundle, folder, stages, report)
+    return Calibrated(Bundle.load(output, check=False), report)
+
+
+def _check(bundle: Bundle, trajectories: Trajectories | None, output: Path) -> None:
+    for name, stage in bundle.stages.items():
+        if stage.precision != "fp32":
+            raise InputError(
+                f"{name} of {bundle.folder} is {stage.precision}; calibrating starts from FP32 weights.",
+                "Export the model with `--precision fp32`.",
+            )
+    if output.resolve() == bundle.folder.resolve():
+        raise InputError(f"{output} is the bundle itself.", "Name another folder to write to.")
+    if trajectories is None:
+        return
+    trajectories.check(bundle)
+    if len(trajectories) < MIN_SAMPLES:
+        raise InputError(
+            f"{len(trajectories)} samples are too few to find ranges with; {MIN_SAMPLES} are the least.",
+            "Give more prompts, or a larger --samples.",
+        )
+
+
+def _reasons(
+    layers: Sequence[Layer],
+    family: str,
+    sensitivity: Sensitivity | None,
+    budget: float | None,
+    keep: Sequence[str],
+) -> dict[str, str]:
+    """Layer that stays FP32 to why."""
+    if sensitivity is None or budget is None:
+        reasons = dict.fromkeys(kept_by_default(layers, family), f"default of the family {family}")
+    else:
+        reasons = {
+            name: f"error {sensitivity.errors[name]:.4f} alone; the budget of all is {budget:g}"
+            for name in sensitivity.kept(budget)
+        }
+    return {**reasons, **dict.fromkeys(matching(layers, keep), "asked for")}
+
+
+def _other(
+    bundle: Bundle,
+    trajectories: Trajectories,
+    name: str,
+    folder: Path,
+    method: Method,
+    progress: Progress,
+) -> tuple[dict[str, Any], Stage | None]:
+    """What quantising another stage costs, and that stage if it holds; its graph is then in the folder."""
+    import onnx
+
+    stage = bundle.stages[name]
+    source = bundle.folder / stage.file
+    count = len(trajectories.settings.prompts)
+    fitted = range(0, count, 2)
+    held_out = range(1, count, 2)
+    what, allowed = HOLDS[name]
+    nodes = [node.name for node in qdq.quantisable(onnx.load(source, load_external_data=False).graph)]
+    try:
+        model = quantise(
+            source,
+            nodes,
+            lambda: _stage_feeds(trajectories, name, fitted),
+            sum(1 for _ in _stage_feeds(trajectories, name, fitted)),
+            method=method,
+            progress=progress,
+            what=name,
+        )
+    except CalibrationError as failure:
+        return {"used": False, "measured": what, "error": None, "allowed": allowed, "why": str(failure)}, None
+    qdq.fold_weights(model)
+    target = folder / f"{name}.candidate.onnx"
+    weight_bytes = qdq.save(model, target)
+    error = _stage_error(source, target, stage, _stage_feeds(trajectories, name, held_out))
+    for path in (target, target.with_name(f"{target.name}.data")):
+        path.unlink(missing_ok=True)
+    used = error <= allowed
+    found = {"measured": what, "error": error, "allowed": allowed, "prompts": len(held_out), "used": used}
+    if not used:
+        return found, None
+    qdq.save(model, folder / stage.file)
+    return found, replace(stage, precision="int8", weight_bytes=weight_bytes)
+
+
+def _stage_feeds(
+    trajectories: Trajectories, name: str, prompts: Sequence[int]
+) -> Iterator[Mapping[str, Array]]:
+    """What a stage read for some of the prompts."""
+    for number in prompts:
+        if name == "text_encoder":
+            for ids in trajectories.tokens(number):
+                yield {"tokens": ids[None]}
+        else:
+            latents = trajectories.latents(number)
+            for begin in range(0, latents.shape[1], CHUNK):
+                yield {"latents": np.ascontiguousarray(latents[None, :, begin : begin + CHUNK])}
+
+
+def _stage_error(source: Path, target: Path, stage: Stage, feeds: Iterator[Mapping[str, Array]]) -> float:
+    """Relative error (RMS) of a stage's outputs against another graph's."""
+    first, second = open_graph(source), open_graph(target)
+    names = list(stage.spec.outputs)
+    expected, found = [], []
+    for feed in feeds:
+        expected += [each.astype(np.float32) for each in first.run(names, dict(feed))]
+        found += [each.astype(np.float32) for each in second.run(names, dict(feed))]
+    return relative_error(found, expected)
+
+
+def _checked(bundle: Bundle, graph: Path, trajectories: Trajectories, progress: Progress) -> float:
+    """Relative error of the final latents against the recorded ones, with the steps of the recording."""
+    count = min(CHECKED_PROMPTS, len(trajectories.settings.prompts))
+    progress("check", 0, 1)
+    found = final_latents(bundle, graph, trajectories, trajectories.settings.steps, count)
+    progress("check", 1, 1)
+    return relative_error(found, [trajectories.latents(number) for number in range(count)])
+
+
+def _head(bundle: Bundle, trajectories: Trajectories) -> dict[str, Any]:
+    settings = trajectories.settings
+    return {
+        "reelrt": __version__,
+        "model": bundle.pipeline.model.name,
+        "bundle": bundle.sha256,
+        "prompts": len(settings.prompts),
+        "prompts_sha256": fingerprint(settings.prompts),
+        "samples": len(trajectories),
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "seed": settings.seed,
+    }
+
+
+def _copy(bundle: Bundle, folder: Path) -> None:
+    for name in bundle.files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle.folder / name, folder / name)
+
+
+def _files(bundle: Bundle, stage: Stage) -> list[str]:
+    return [name for name in bundle.files if name == stage.file or name.startswith(f"{stage.file}.")]
+
+
+def _finish(bundle: Bundle, folder: Path, stages: Mapping[str, Stage], report: Mapping[str, Any]) -> None:
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    weight_bytes = sum(stage.weight_bytes for stage in stages.values())
+    pipeline = replace(bundle.pipeline, model=replace(bundle.pipeline.model, weight_bytes=weight_bytes))
+    Bundle(folder, pipeline, stages).save(__version__)

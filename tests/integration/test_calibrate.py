@@ -1,0 +1,262 @@
+"""`reelrt calibrate` with real ModelOpt: what it writes, what it refuses, and going on when stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from reelrt.bundle.manifest import Bundle
+from reelrt.calibration import qdq
+from reelrt.calibration.bundles import calibrate_int8
+from reelrt.calibration.int8 import METHODS, quantise
+from reelrt.calibration.layers import find_layers
+from reelrt.calibration.recorder import open_graph
+from reelrt.calibration.sensitivity import sweep, write_variant
+from reelrt.calibration.trajectories import Trajectories, record
+from reelrt.errors import CalibrationError, InputError
+from reelrt.runtime.unbuilt import open_pipeline
+from tests.commands import reelrt, stop, tree
+
+PROMPTS = ["a red circle moving right", "the blue square growing", "one white cross turning", "dots on gray"]
+QUICK = ("--steps", 4, "--samples", 2, "--prompts", "prompts.txt")
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def place(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle and a file of prompts, in a folder of their own."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    shutil.copytree(work / "bundle", folder / "bundle")
+    (folder / "prompts.txt").write_text("# varied\n\n" + "\n".join(PROMPTS) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recorded(place: Path) -> Trajectories:
+    return record(place / "bundle", PROMPTS, place / "recorded", steps=4, samples_per_prompt=2)
+
+
+@pytest.fixture(scope="module")
+def master(place: Path, recorded: Trajectories) -> onnx.ModelProto:
+    """The step graph with every layer quantised."""
+    return _quantised(place, recorded, "max")
+
+
+def _quantised(place: Path, recorded: Trajectories, method) -> onnx.ModelProto:
+    source = place / "bundle" / "step.onnx"
+    nodes = [node.name for node in qdq.quantisable(onnx.load(source).graph)]
+    return quantise(source, nodes, lambda: (s.inputs for s in recorded), len(recorded), method=method)
+
+
+def test_the_command_writes_a_bundle_that_runs(place: Path) -> None:
+    made = reelrt("calibrate", "bundle", "-o", "int8", "--precision", "int8", *QUICK, "--json", folder=place)
+    assert made.returncode == 0, made.stderr
+    found = json.loads(made.stdout)
+    assert found["report"] == json.loads((place / "int8" / "calibration.json").read_text(encoding="utf-8"))
+    step = found["stages"]["step"]
+    assert step["precision"] == "int8"
+    assert step["weight_bytes"] < 0.6 * step["before_bytes"]
+    assert "trajectories take up to" in made.stderr
+
+    bundle = Bundle.load(place / "int8")
+    graph = onnx.load(place / "int8" / "step.onnx").graph
+    assert len(qdq.quantised(graph)) == found["report"]["nodes"]["quantised"]
+    for name in ("text_encoder", "vae_decoder"):
+        assert (bundle.stages[name].precision == "int8") == found["report"]["other_stages"][name]["used"]
+
+    reference, video = (
+        open_pipeline(place / kind).generate(PROMPTS[0], steps=4, seed=0) for kind in ("bundle", "int8")
+    )
+    error = np.linalg.norm(video.latents - reference.latents) / np.linalg.norm(reference.latents)
+    assert found["report"]["final_latents"]["relative_error"] == pytest.approx(error, rel=0.7)
+    assert 0 < error < 0.5  # random weights are harder on INT8 than trained ones
+
+    again = reelrt("calibrate", "bundle", "-o", "int8", "--precision", "int8", *QUICK, folder=place)
+    assert (again.returncode, "int8 is up to date" in again.stderr) == (0, True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_finds_ranges(place: Path, recorded: Trajectories, method: str) -> None:
+    source = place / "bundle" / "step.onnx"
+    model = _quantised(place, recorded, method)
+    every = qdq.quantised(model.graph)  # ModelOpt leaves convolutions of a few channels out
+    assert len(every) > 0.8 * len(qdq.quantisable(model.graph))
+    expected = open_graph(source).run(["state_next"], dict(next(iter(recorded)).inputs))[0]
+    graph = write_variant(model, sorted(every), place / f"{method}.onnx")
+    found = open_graph(graph).run(["state_next"], dict(next(iter(recorded)).inputs))[0]
+    assert 0 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.5
+
+
+def test_stored_int8_weights_compute_the_same(place: Path, recorded: Trajectories, master) -> None:
+    folded = onnx.ModelProto()
+    folded.CopyFrom(master)
+    count = qdq.fold_weights(folded)
+    before, after = place / "floats.onnx", place / "folded.onnx"
+    floats, integers = qdq.save(master, before), qdq.save(folded, after)
+    assert count > 0
+    assert integers < 0.5 * floats
+    feed = dict(next(iter(recorded)).inputs)
+    first, second = (open_graph(path).run(["state_next"], feed)[0] for path in (before, after))
+    np.testing.assert_allclose(first, second, rtol=0, atol=2e-3 * np.abs(first).max())
+
+
+def test_taking_every_pair_away_gives_the_fp32_graph(place: Path, recorded: Trajectories, master) -> None:
+    graph = write_variant(master, [], place / "none.onnx")
+    types = {node.op_type for node in onnx.load(graph).graph.node}
+    assert not types & {"QuantizeLinear", "DequantizeLinear"}
+    feed = dict(next(iter(recorded)).inputs)
+    paths = (place / "bundle" / "step.onnx", graph)
+    first, second = (open_graph(path).run(["state_next"], feed)[0] for path in paths)
+    np.testing.assert_allclose(first, second, rtol=0, atol=1e-5 * np.abs(first).max())
+
+
+def test_the_schedule_stays_fp32(master) -> None:
+    """Table, counter, sinusoids and the next state: nothing there reads a Q/DQ pair."""
+    made = {n.output[0] for n in master.graph.node if n.op_type == "DequantizeLinear"}
+    readers = {n.op_type for n in master.graph.node if made & set(n.input)}
+    assert readers <= set(qdq.QUANTISABLE)
+
+
+def test_a_sweep_goes_on_where_it_was_stopped(place: Path, recorded: Trajectories, master) -> None:
+    bundle = Bundle.load(place / "bundle")
+    layers = find_layers(onnx.load(place / "bundle" / "step.onnx", load_external_data=False).graph)[:4]
+    file = place / "sweep.json"
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    def run(progress):
+        return sweep(
+            bundle, recorded, master, layers, file, method="max", steps=2, prompts=1, progress=progress
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupt)
+    begun = json.loads(file.read_text(encoding="utf-8"))["errors"]
+    assert list(begun) == [layer.name for layer in layers[:2]]
+    found = run(lambda *_: None)
+    assert set(found.errors) == {layer.name for layer in layers}
+    assert {name: found.errors[name] for name in begun} == begun
+    assert all(0 <= error < 0.5 for error in found.errors.values())
+
+    assert found.kept(1) == []
+    worst = found.ordered[0][0]
+    together = sum(error**2 for error in found.errors.values()) ** 0.5
+    assert found.kept(together * 0.999)[:1] == [worst]
+    assert set(found.kept(0)) == set(found.errors)
+    with pytest.raises(InputError, match="holds the sensitivity of another calibration"):
+        sweep(bundle, recorded, master, layers, file, method="entropy", steps=2, prompts=1)
+
+
+def test_a_budget_decides_what_stays_fp32(place: Path, recorded: Trajectories) -> None:
+    made = calibrate_int8(
+        Bundle.load(place / "bundle"), recorded, place / "budget", method="max", budget=0.001
+    )
+    kept = made.report["layers"]["kept_fp32"]
+    assert kept
+    assert list(made.report["sensitivity"]["errors"])[: len(kept)] == list(kept)
+    assert (place / "budget" / "sensitivity.png").read_bytes()[:4] == b"\x89PNG"
+    assert "sensitivity.png" in Bundle.load(place / "budget").files
+
+
+def test_stopping_keeps_the_trajectories(place: Path) -> None:
+    words = ("calibrate", "bundle", "-o", "stopped", "--precision", "int8", *QUICK)
+    before = tree(place)
+
+    def half_done(_: str) -> bool:
+        return (place / "stopped.work" / "prompt-0001.safetensors").exists()
+
+    stopped = stop(*words, folder=place, when=half_done, number=signal.SIGINT)
+    assert stopped.code == 130, stopped.errors
+    assert not (place / "stopped").exists()
+    left = {name: each for name, each in tree(place).items() if not name.startswith("stopped.work")}
+    assert left == before
+    kept = tree(place / "stopped.work")
+    again = reelrt(*words, folder=place)
+    assert again.returncode == 0, again.stderr
+    assert kept.items() <= tree(place / "stopped.work").items()
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "code", "message"),
+    [
+        (None, (), 2, "prompts.txt cannot be read: No such file or directory"),
+        ("# nothing\n", (), 2, "prompts.txt holds no prompt. Write one per line."),
+        (
+            "a cat\na dog\n",
+            ("--samples", 2),
+            2,
+            "8 samples are too few",
+        ),
+        ("a cat\na dog\n", ("--samples", 9), 2, "9 samples per prompt are not possible with 4 steps"),
+        ("a cat\na dog\n", ("--budget", 7, "--samples", 4), 2, "budget 7.0 is not possible"),
+        ("a cat\na dog\n", ("--steps", 999), 2, "steps 999 is not available"),
+    ],
+)
+def test_what_cannot_be_calibrated(
+    work: Path, tmp_path: Path, lines, options, code: int, message: str
+) -> None:
+    if lines is not None:
+        (tmp_path / "prompts.txt").write_text(lines, encoding="utf-8")
+    words = ("calibrate", work / "bundle", "-o", "out", "--precision", "int8")
+    made = reelrt(*words, "--prompts", "prompts.txt", "--steps", 4, *options, folder=tmp_path)
+    assert (made.returncode, message in made.stderr) == (code, True), made.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_all_alike_are_warned_of(place: Path, tmp_path: Path) -> None:
+    from reelrt.calibration.prompt_sets import warn_if_alike
+
+    with pytest.warns(UserWarning, match="share 100% of their words: the ranges"):
+        warn_if_alike(["a red cat runs"] * 3)
+    with pytest.warns(UserWarning, match="one prompt only"):
+        warn_if_alike(["a red cat runs"])
+
+
+def test_varied_prompts_are_not(recwarn: pytest.WarningsRecorder) -> None:
+    from reelrt.calibration.prompt_sets import default_prompts, warn_if_alike
+
+    for model in ("moving-shapes", "ms-1.7b"):
+        prompts = default_prompts(model)
+        assert len(set(prompts)) == 16
+        warn_if_alike(prompts)
+    assert not recwarn.list
+
+
+def test_an_fp16_bundle_is_refused(place: Path, recorded: Trajectories) -> None:
+    bundle = Bundle.load(place / "bundle")
+    from dataclasses import replace
+
+    half = replace(bundle, stages={n: replace(s, precision="fp16") for n, s in bundle.stages.items()})
+    with pytest.raises(InputError, match="text_encoder of .* is fp16; calibrating starts from FP32"):
+        calibrate_int8(half, recorded, place / "half")
+
+
+def test_nodes_that_cannot_be_quantised_are_named(place: Path, recorded: Trajectories) -> None:
+    source = place / "bundle" / "step.onnx"
+    node = next(node.name for node in onnx.load(source).graph.node if node.op_type == "Sin")
+    with pytest.raises(CalibrationError, match=rf"none of the 1 nodes of step.onnx: {node} \(Sin\)"):
+        quantise(source, [node], lambda: (s.inputs for s in recorded), len(recorded), method="max")
+
+
+def test_numbers_that_are_not_finite_name_layer_and_step(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "bundle", tmp_path / "bundle")
+    model = onnx.load(tmp_path / "bundle" / "step.onnx")
+    layer = find_layers(model.graph)[3]
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == layer.name)
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0] = np.inf
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    qdq.save(model, tmp_path / "bundle" / "step.onnx")
+    bundle = Bundle.load(tmp_path / "bundle", check=False)
+    bundle.save(bundle.version)
+    with pytest.raises(CalibrationError, match=rf"row 0 .*timestep 999.*first in layer {layer.nodes[0]}"):
+        record(tmp_path / "bundle", PROMPTS[:1], tmp_path / "work", steps=4, samples_per_prompt=1)
