@@ -201,7 +201,7 @@ class OpenedEngine:
     @property
     def cache_file(self) -> Path:
         """Where compiled kernels are kept."""
-        return self.path.with_name(f"{self.path.name}.kernels")
+        return self.path.with_name(f"{self.path.name}.cache")
 
     def save_cache(self) -> None:
         """Keep the kernels that were compiled so far, where the folder can be written to."""

@@ -13,8 +13,10 @@ from reelrt.engines.backends import RTX_CAPABILITIES, installed
 from reelrt.engines.builder import build_engines
 from reelrt.errors import ReelError
 from reelrt.jetson.device import Gpu, detect
+from tests.commands import reelrt
 from tests.models import small_model
 
+PROMPTS = ["a red circle moving right", "the blue square growing", "one white cross turning"]
 SIZES: dict[str, Any] = {"size": (64, 64), "frames": 16, "batch": 3}
 
 
@@ -47,13 +49,37 @@ class Sets:
         """An engine set of a GPU backend, or a skipped test with the exact reason."""
         if not installed(backend):
             pytest.skip(f"{backend} is not installed")
-        output = self.folder / f"{backend}-{precision}"
         try:
-            return build_engines(
-                self.folder / "bundle", output, backend=backend, precision=precision, **SIZES
-            )
+            return self._build(backend, precision)
         except ReelError as error:
             pytest.skip(f"{backend} builds nothing for {self.gpu.name}: {error.message}")
+
+    def reference(self, precision: str) -> EngineSet:
+        """The ONNX Runtime engines to compare with: FP32, or of the same INT8 graph."""
+        return self._build("onnxruntime", precision) if precision == "int8" else self.cpu
+
+    def _build(self, backend: str, precision: str) -> EngineSet:
+        return build_engines(
+            self._int8() if precision == "int8" else self.folder / "bundle",
+            self.folder / f"{backend}-{precision}",
+            backend=backend,
+            precision=None if precision == "int8" else precision,
+            quality_gate=False,  # the model is random; its quality means nothing
+            **SIZES,
+        )
+
+    def _int8(self) -> Path:
+        """The bundle, calibrated on a few prompts."""
+        output = self.folder / "int8"
+        if not output.exists():
+            pytest.importorskip(
+                "modelopt", reason="calibrating needs ModelOpt: pip install 'reelrt[calibration]'"
+            )
+            (self.folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+            command = ("calibrate", "bundle", "-o", "int8", "--precision", "int8", "--prompts", "prompts.txt")
+            done = reelrt(*command, "--steps", 4, "--samples", 4, folder=self.folder)
+            assert done.returncode == 0, done.stderr
+        return output
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,8 @@ from reelrt.runtime.cuda import Device
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]
 
 PROMPTS = [f"a {colour} circle moving right" for colour in ("red", "blue", "green", "white", "purple")]
-# Final latents have unit variance, about; FP16 keeps three digits of them.
-TOLERANCES = {"fp32": 2e-2, "fp16": 2e-1}
+# Final latents have unit variance, about; FP16 keeps three digits of them, and INT8 rounds a tie either way.
+TOLERANCES = {"fp32": 2e-2, "fp16": 2e-1, "int8": 5e-1}
 VIDEOS = 200
 
 
@@ -48,7 +48,7 @@ def same(ours, theirs) -> bool:
 def test_the_videos_are_those_of_onnx_runtime(sets, backend, precision):
     """More prompts than slots, so that requests join and leave."""
     ours = reelrt.load(sets.of(backend, precision).folder).generate(PROMPTS, steps=8, seed=1, guidance=2)
-    theirs = reelrt.load(sets.cpu.folder).generate(PROMPTS, steps=8, seed=1, guidance=2)
+    theirs = reelrt.load(sets.reference(precision).folder).generate(PROMPTS, steps=8, seed=1, guidance=2)
     assert far(ours, theirs) <= TOLERANCES[precision]
 
 
@@ -147,7 +147,7 @@ def test_a_callers_stream_and_context(sets, backend):
 def test_kernels_are_kept_beside_the_engines(sets):
     folder = sets.of("tensorrt_rtx", "fp32").folder
     reelrt.load(folder).generate(PROMPTS[0], steps=2, seed=1)
-    assert (folder / "step.engine.kernels").stat().st_size > 0
+    assert (folder / "step.engine.cache").stat().st_size > 0
 
 
 def test_compute_sanitizer_finds_nothing(sets, backend, tmp_path):

@@ -10,7 +10,8 @@ what it answers with silent damage is kept in `violations`, which must stay empt
 - host memory changed while a copy from it was under way, or not pinned at all;
 - what the library holds freed while it is under way, or with no context current.
 
-Memory that nobody wrote holds NaN. `faults` may let any call fail.
+Memory that nobody wrote holds NaN. `faults` may let any call fail; a wait that fails has waited all the
+same, for what CUDA reports there is that earlier work failed, and that work is over.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ ALIGNMENT = 256
 QUARANTINE = 512
 """Freed allocations that are kept so that their addresses mean nothing."""
 POISON = 0xFF
+WAITS = ("cuStreamSynchronize", "cuEventSynchronize")
 
 
 @dataclass(slots=True)
@@ -188,7 +190,10 @@ class SimulatedDriver:
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.calls[name] += 1
             fault = self.faults(name)
-            answer = (fault,) if fault else value(*(_plain(each) for each in arguments))
+            if not fault or name in WAITS:
+                answer = value(*(_plain(each) for each in arguments))
+            if fault:
+                answer = (fault,)
             return answer if isinstance(answer, tuple) else (answer,)
 
         return call

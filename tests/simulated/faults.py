@@ -69,7 +69,9 @@ class Stop:
         return 0 < self.at <= self.told
 
 
-def run(machine: Machine, source: EngineSet, folder: Path, rounds: int, seed: int = 0) -> Tally:
+def run(
+    machine: Machine, source: EngineSet, folder: Path, rounds: int, seed: int = 0, until: int = 0
+) -> Tally:
     """Generate videos under random faults.
 
     Args:
@@ -78,6 +80,7 @@ def run(machine: Machine, source: EngineSet, folder: Path, rounds: int, seed: in
         folder: Where to write the simulation's engine set.
         rounds: How many times.
         seed: Of everything random.
+        until: Stop when so many calls have failed; 0 does not.
     """
     rng = np.random.default_rng(seed)
     engines, cpu = machine.engines(source, folder), reelrt.load(source.folder, threads=1)
@@ -99,7 +102,7 @@ def run(machine: Machine, source: EngineSet, folder: Path, rounds: int, seed: in
         if request not in wanted:
             wanted[request] = cpu.generate(list(request[0]), **options)
         stop = Stop(int(rng.integers(1, 60)) if rng.random() < 0.3 else 0, rng.random() < 0.5)
-        chance, driver.faults = float(rng.choice([0, 0.003, 0.03])), fault
+        chance, driver.faults = float(rng.choice([0, 0.003, 0.03, 0.1])), fault
         try:
             videos = pipe.generate(
                 list(request[0]), **options, progress=stop.progress, should_cancel=stop.cancelled
@@ -118,10 +121,13 @@ def run(machine: Machine, source: EngineSet, folder: Path, rounds: int, seed: in
                 tally.wrong += not (same and ours.frames.tobytes() == theirs.frames.tobytes())
             del videos, ours, theirs
         driver.faults = lambda call: None
-        if tally.rounds % 25 == 0 or tally.rounds == rounds:
+        last = tally.rounds == rounds or 0 < until <= tally.faults.total()
+        if tally.rounds % 25 == 0 or last:
             pipe = None
             gc.collect()
             if leaks := driver.leaks():
                 tally.leaks.append(f"round {tally.rounds}: {leaks}")
+        if last:
+            break
     tally.violations = driver.violations[:20]
     return tally

@@ -229,22 +229,22 @@ def test_kernels_are_kept_beside_the_engines(machine, source, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "reelrt"):
         reelrt.load(engines.folder).generate("red", steps=2)
     assert "compiled for this GPU the first time" in caplog.text
-    kept = {path.name for path in engines.folder.glob("*.kernels")}
-    assert kept == {f"{stage}.engine.kernels" for stage in engines.engines}
+    kept = {path.name for path in engines.folder.glob("*.cache")}
+    assert kept == {f"{stage}.engine.cache" for stage in engines.engines}
     caplog.clear()
     with caplog.at_level(logging.INFO, "reelrt"):
         reelrt.load(engines.folder).generate("red", steps=2)
     assert "compiled" not in caplog.text
-    (engines.folder / "step.engine.kernels").write_bytes(b"of another GPU")
+    (engines.folder / "step.engine.cache").write_bytes(b"of another GPU")
     with caplog.at_level(logging.INFO, "reelrt"):
         reelrt.load(engines.folder).generate("red", steps=2)
-    assert "step.engine.kernels is of another driver or GPU" in caplog.text
-    assert (engines.folder / "step.engine.kernels").read_bytes().startswith(b"kernels")
+    assert "step.engine.cache is of another driver or GPU" in caplog.text
+    assert (engines.folder / "step.engine.cache").read_bytes().startswith(b"kernels")
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_error(machine, source, tmp_path):
     engines = machine.engines(source, tmp_path / "engines")
-    (engines.folder / "step.engine.kernels").mkdir()
+    (engines.folder / "step.engine.cache").mkdir()
     reelrt.load(engines.folder).generate("red", steps=2)
 
 
