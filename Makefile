@@ -7,6 +7,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= models/moving-shapes
+# A number, or a file with a prompt in each line; models that are not trained on moving shapes need the file.
+QUALITY_PROMPTS ?= $(if $(filter models/moving-shapes,$(MODEL)),100,calibration/prompts.txt)
 # Another model than the bundled one has a folder of its own, so that neither is built over the other.
 HOME_OF_MODEL := build$(if $(filter-out models/moving-shapes,$(MODEL)),/$(notdir $(abspath $(MODEL))))
 BUNDLE ?= $(HOME_OF_MODEL)/bundle
@@ -52,7 +54,7 @@ video: $(RUN_READY) ## A video: PROMPT="..." OUT=red.mp4 STEPS= SEED= MODEL= PRE
 
 .PHONY: engines
 engines: $(RUN_READY) ## Engines: MODEL= TARGET=host|rtx3060|orin-agx|... PRECISION=fp32|fp16|int8|int8-weights SIZE=WxH FRAMES= OUT=
-	@$(call make_engines,$(or $(OUT),$(HOME_OF_MODEL)/engines$(if $(DEVICE_EXTRA),-$(TARGET))),$(TARGET),auto)
+	@$(call make_engines,$(or $(OUT),$(HOME_OF_MODEL)/engines$(CALIBRATED:%=-%)$(if $(DEVICE_EXTRA),-$(TARGET))),$(TARGET),auto)
 
 .PHONY: test
 test: lint ## Check the style and run every test that needs no GPU
@@ -80,9 +82,15 @@ clean: ## Remove what was built, but not the environment
 # $(1) the engine set's folder, $(2) target, $(3) backend. Both commands keep what is up to date.
 define make_engines
 $(BIN)/reelrt export "$(MODEL)" -o "$(BUNDLE)"; \
-$(if $(CALIBRATED),$(BIN)/reelrt calibrate "$(BUNDLE)" -o "$(BUNDLE)-$(PRECISION)" --precision "$(PRECISION)";) \
+$(if $(CALIBRATED),$(calibrated_bundle)) \
 $(BIN)/reelrt build "$(BUNDLE)$(CALIBRATED:%=-%)" -o "$(1)" --target "$(2)" --backend "$(3)" \
 	$(if $(PRECISION),--precision "$(PRECISION)") $(SIZES)
+endef
+# A calibrated bundle and how good its videos are; `reelrt build` asks for the latter.
+define calibrated_bundle
+$(BIN)/reelrt calibrate "$(BUNDLE)" -o "$(BUNDLE)-$(PRECISION)" --precision "$(PRECISION)"; \
+[ -f "$(BUNDLE)-$(PRECISION)/quality.json" ] || $(BIN)/reelrt evaluate quality --reference "$(BUNDLE)" \
+	--candidate "$(BUNDLE)-$(PRECISION)" -o "$(BUNDLE)-$(PRECISION).quality" --prompts "$(QUALITY_PROMPTS)" --steps 25;
 endef
 SIZES = $(if $(SIZE),--size "$(SIZE)") $(if $(FRAMES),--frames "$(FRAMES)")
 

@@ -82,6 +82,20 @@ def test_the_command_writes_a_bundle_that_runs(place: Path) -> None:
     assert (again.returncode, "int8 is up to date" in again.stderr) == (0, True)
 
 
+def test_only_weights_become_int8(place: Path) -> None:
+    words = ("calibrate", "bundle", "-o", "weights", "--precision", "int8-weights", *QUICK, "--json")
+    made = reelrt(*words, folder=place)
+    assert made.returncode == 0, made.stderr
+    found = json.loads(made.stdout)
+    step = found["stages"]["step"]
+    assert step["precision"] == "int8-weights"
+    assert step["weight_bytes"] < 0.6 * step["before_bytes"]
+    assert 0 < found["report"]["final_latents"]["relative_error"] < 0.05
+    operators = {node.op_type for node in onnx.load(place / "weights" / "step.onnx").graph.node}
+    assert "DequantizeLinear" in operators
+    assert "QuantizeLinear" not in operators
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_finds_ranges(place: Path, recorded: Trajectories, method: str) -> None:
     source = place / "bundle" / "step.onnx"
