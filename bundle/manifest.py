@@ -263,6 +263,8 @@ class EngineSet:
         """
         with _complete(folder):
             data = _read(cls, folder, "engines", check)
+            if lacking := set(STAGES) - set(data["engines"]):
+                raise ValueError(f"{', '.join(sorted(lacking))} is missing")
             engines = {}
             for name, engine in data["engines"].items():
                 profile = {axis: Range(**extent) for axis, extent in engine["profile"].items()}
@@ -322,8 +324,6 @@ def _check_names(folder: Path, files: Mapping[str, str], parts: Mapping[str, Any
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
             raise ValueError(f"{name!r} is not a file in this folder")
-    if missing := set(STAGES) - set(parts):
-        raise ValueError(f"{', '.join(sorted(missing))} is missing")
     graphs = [str(part["file"]) for part in parts.values()]
     around = [path for graph in graphs for path in folder.glob(f"{glob.escape(graph)}*")]
     beside = [path.name for path in around if not any(path.match(own) for own in OWN)]

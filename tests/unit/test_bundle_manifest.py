@@ -104,8 +104,8 @@ def test_layers_that_stay_fp32_and_what_layers_run_in_are_kept(bundle, engines):
     assert Bundle.load(bundle).stages == {**loaded.stages, "step": step}
     layers = {"linear": {"fp16": {"count": 2, "weight_bytes": 64}}}
     engine = replace(engines.engines["step"], layers=layers, inspected={"Gemm": {"fp16": 2}})
-    replace(engines, engines={"step": engine}).save("0.1.0")
-    assert EngineSet.load(engines.folder).engines == {"step": engine}
+    replace(engines, engines={**engines.engines, "step": engine}).save("0.1.0")
+    assert EngineSet.load(engines.folder).engines == {**engines.engines, "step": engine}
 
 
 def test_manifests_of_before_there_was_an_audit_still_load(bundle, engines):
