@@ -81,7 +81,42 @@ def adherence(found: Mapping[str, Any]) -> list[Row]:
     return [(what, ", ".join(shares[:-1]), f"all of it: {shares[-1].removeprefix('everything ')}")]
 
 
-PARTS = {"loop-cpu": loop, "adherence": adherence, "export-memory": export_memory}
+def memory(found: Mapping[str, Any]) -> list[Row]:
+    """The row of `memory.json`."""
+    peaks, before = found["peak_gb"], found["mission_gb"]
+    picture = f"{found['width']}×{found['height']}, {found['frames']} frames"
+    return [
+        (
+            f"Peak GPU memory of a model of ms-1.7b's size, {picture}, RTX 3060: TensorRT-RTX's own "
+            "figures and our buffers, one stage at a time, without a CUDA context; no GPU was there",
+            f"FP16 {peaks['fp16']:.2f} GB; INT8 weights {peaks['int8']:.2f} GB",
+            f"wanted: {found['goal_gb']['fp16']:g} and {found['goal_gb']['int8']:g} GB",
+        )
+    ]
+
+
+def quality(found: Mapping[str, Any]) -> list[Row]:
+    """The row of `quality-int8.json`: its first run."""
+    run = found["runs"][0]
+    points = {name: each["difference_points"] for name, each in run["adherence"].items()}
+    worst = min((name for name in points if name != "everything"), key=lambda name: points[name])
+    return [
+        (
+            f"Videos of the bundled model in INT8 against FP32, {found['settings']['prompts']} prompts, "
+            f"{run['steps']} steps",
+            f"SSIM {run['ssim']['mean']:.3f}; adherence {points[worst]:+.1f} points at worst ({worst})",
+            f"last latents {100 * run['latent_error']['last_step']['mean']:.1f} % apart",
+        )
+    ]
+
+
+PARTS = {
+    "loop-cpu": loop,
+    "adherence": adherence,
+    "memory": memory,
+    "quality-int8": quality,
+    "export-memory": export_memory,
+}
 """Name of a JSON file to what makes rows of it, in the order of the table."""
 
 
