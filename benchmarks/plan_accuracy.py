@@ -3,12 +3,15 @@
     python -m benchmarks.plan_accuracy                                  the bundled model
     python -m benchmarks.plan_accuracy --scale 0.5 --size 576x320x16    random weights, ms-1.7b's shape
     python -m benchmarks.plan_accuracy --bundle build/ms --size 576x320x16x2
+    python -m benchmarks.plan_accuracy --built                          what make bench-memory built
 
 Exports the model where no bundle is given, builds FP16 engines for an RTX 3060 without a GPU at each
 size (width, height, frames and, if more than one, videos at once) and compares activations and
-weights with the estimate that `reelrt plan` makes from the ONNX graphs alone. Activations count;
-15 % is the goal. The last line on stdout is JSON. `benchmarks/results/plan-accuracy.json` keeps the
-latest run of each model. Exit code 1 when a stage is further off.
+weights with the estimate that `reelrt plan` makes from the ONNX graphs alone. With `--built` nothing
+is built: the graphs lie in `build/memory`, and the builder's figures for FP16 and INT8 weights are
+those in `benchmarks/results/memory.json`. Activations count; 15 % is the goal. The last line on
+stdout is JSON. `benchmarks/results/plan-accuracy.json` keeps the latest run of each model. Exit
+code 1 when a stage is further off.
 """
 
 from __future__ import annotations
@@ -16,16 +19,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import memory
 from benchmarks.export_memory import write_model
 from benchmarks.machine import machine
 from reelrt.bundle.manifest import Bundle
 from reelrt.engines.builder import build_engines
+from reelrt.engines.graph_cost import Cost
 from reelrt.engines.memory import Planner
 from reelrt.export.exporter import export_bundle
 from reelrt.jetson.targets import find
@@ -72,31 +78,54 @@ def measure(name: str, bundle: Path, size: str) -> list[dict[str, Any]]:
     for stage, engine in engines.engines.items():
         sizes = {axis: extent.max for axis, extent in engine.profile.items()}
         cost = planner.cost(stage, PRECISION, sizes)
-        rows.append(
-            {
-                "size": size,
-                "stage": stage,
-                "axes": sizes,
-                "activation_bytes": {"builder": engine.activation_bytes, "estimate": cost.activation_bytes},
-                "weight_bytes": {"builder": engine.weight_bytes, "estimate": cost.weight_bytes},
-                "activations_off": round(cost.activation_bytes / engine.activation_bytes - 1, 4),
-                "weights_off": round(cost.weight_bytes / engine.weight_bytes - 1, 4),
-                "tflop": round(cost.flops / 1e12, 4),
-            }
-        )
+        built = {"activation_bytes": engine.activation_bytes, "weight_bytes": engine.weight_bytes}
+        rows.append({"size": size, "stage": stage, "precision": PRECISION, "axes": sizes} | off(cost, built))
     return rows
+
+
+def compare_built(folder: Path) -> list[dict[str, Any]]:
+    """Compare the estimates for the graphs of `benchmarks.memory` with what its builds reported."""
+    bundle = Bundle.load(folder, check=False)  # memory.py built from these files; hashing them takes a while
+    planner = Planner(bundle, find(TARGET))
+    kept = json.loads(memory.RESULT.read_text(encoding="utf-8"))
+    size = f"{kept['width']}x{kept['height']}x{kept['frames']}"
+    rows = []
+    for name, stages in kept["stages"].items():
+        precision = {"int8": "int8-weights"}.get(name, name)
+        for stage, built in stages.items():
+            profile = memory.stage_profile(bundle, stage, built.get("frames_per_call", 1))
+            sizes = {axis: extent.max for axis, extent in profile.items()}
+            found = off(planner.cost(stage, precision, sizes), built)
+            row = {"size": size, "stage": stage, "precision": precision, "axes": sizes}
+            rows.append(row | found | {"builder_from": memory.RESULT.name})
+    return rows
+
+
+def off(cost: Cost, built: Mapping[str, int]) -> dict[str, Any]:
+    """An estimate, the builder's figures and how far apart they are."""
+    figures = ("activation_bytes", "weight_bytes")
+    return {
+        **{each: {"builder": built[each], "estimate": getattr(cost, each)} for each in figures},
+        "activations_off": round(cost.activation_bytes / built["activation_bytes"] - 1, 4),
+        "weights_off": round(cost.weight_bytes / built["weight_bytes"] - 1, 4),
+        "tflop": round(cost.flops / 1e12, 4),
+    }
 
 
 def show(name: str, rows: list[dict[str, Any]]) -> None:
     """Print the goal, then what was measured."""
     console = Console(width=120)
     console.print(f"{name}: activations within {GOAL:.0%} of what the builder reports")
-    table = Table("size", "stage", "builder, MiB", "estimate, MiB", "off", "weights off", "TFLOP a launch")
+    table = Table(
+        "size", "stage", "precision", "builder, MiB", "estimate, MiB", "off", "weights off", "TFLOP a launch"
+    )
     for row in rows:
         activations = row["activation_bytes"]
         built, estimate = (f"{activations[key] / 2**20:,.1f}" for key in ("builder", "estimate"))
         off, weights = f"{row['activations_off']:+.1%}", f"{row['weights_off']:+.1%}"
-        table.add_row(row["size"], row["stage"], built, estimate, off, weights, f"{row['tflop']:.3f}")
+        table.add_row(
+            row["size"], row["stage"], row["precision"], built, estimate, off, weights, f"{row['tflop']:.3f}"
+        )
     console.print(table)
 
 
@@ -107,16 +136,22 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0, help="random weights; factor on ms-1.7b's widths")
     parser.add_argument("--name", help="the model's name in the results")
     parser.add_argument("--size", action="append", help="WIDTHxHEIGHTxFRAMES[xVIDEOS]; may be repeated")
+    parser.add_argument(
+        "--built", action="store_true", help="take the builder's figures of make bench-memory"
+    )
     options = parser.parse_args()
-    name, bundle = bundle_of(options)
-    rows = [row for size in options.size or SIZES for row in measure(name, bundle, size)]
+    if options.built:
+        name, bundle = options.name or "ms-1.7b", options.bundle or memory.WORK / "scale-1" / "bundle"
+        rows = compare_built(bundle)
+    else:
+        name, bundle = bundle_of(options)
+        rows = [row for size in options.size or SIZES for row in measure(name, bundle, size)]
     show(name, rows)
     kept = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
     result = {
         "benchmark": "plan_accuracy",
         "goal": GOAL,
         "target": TARGET,
-        "precision": PRECISION,
         "models": {**kept.get("models", {}), name: rows},
         "machine": machine("tensorrt_rtx", "onnx", "torch", "diffusers"),
     }

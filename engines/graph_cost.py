@@ -95,6 +95,9 @@ def graph_cost(sized: SizedGraph, precision: str, stored: str) -> Cost:
     halved = stored == "fp32" and item == 2
 
     def size(name: str) -> int:
+        copy = sized.kernels.copies.get(name)
+        if copy is not None:
+            return tensors[copy.of].elements * 4 if copy.fp32 else size(copy.of)
         tensor = tensors[name]
         if name in boundary or not (halved and tensor.floating):
             return tensor.elements * tensor.item_bytes

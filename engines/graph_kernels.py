@@ -2,23 +2,23 @@
 
 The rules were read off the fused layers that TensorRT-RTX 1.7 lists: element-wise operators run inside
 the kernel before them, attention is one kernel and its scores are never stored, a product whose
-result is split becomes one product per part, reshapes and casts are free. Knows no sizes.
+result is split becomes one product per part, reshapes and casts are free. A LayerNormalization whose
+result is moved keeps it in FP32 for the kernel that moves it. Knows no sizes.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from reelrt.engines.graph_operations import Links, Operation, operations_of
 from reelrt.engines.graph_shapes import Tensor
 
 if TYPE_CHECKING:
     import onnx
 
-VIEWS = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"))
-"""Operators that move nothing: the result is the same memory under another shape."""
 MOVES = frozenset(("Transpose", "Slice", "Split", "Expand", "Gather", "GatherElements", "GatherND", "Pad"))
 """Operators that only move values. They do not run inside the kernel of a product or a norm."""
 PRODUCTS = frozenset(("Conv", "ConvTranspose", "MatMul", "Gemm"))
@@ -28,15 +28,6 @@ HEAVY = PRODUCTS | {ATTENTION, "InstanceNormalization", "GroupNormalization", "L
 WHOLE = 1 << 28
 """A product of so many elements at the tuned size is stored whole, even if it is only split (bisected)."""
 REDUCTIONS = frozenset(("Softmax", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"))
-
-
-@dataclass(slots=True)
-class Operation:
-    """One operator: its kind and the tensors that are memory of their own."""
-
-    kind: str
-    inputs: list[str]
-    outputs: list[str]
 
 
 @dataclass(slots=True)
@@ -55,11 +46,25 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """A tensor that the graph does not have and the compiler adds.
+
+    Attributes:
+        of: The graph's tensor that has as many elements.
+        fp32: Whether it is FP32 in every precision.
+    """
+
+    of: str
+    fp32: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Kernels:
-    """A graph's kernels in the order they run, and the tensors that are the caller's."""
+    """A graph's kernels in the order they run, the tensors that are the caller's, and those added."""
 
     order: Sequence[Kernel]
     outside: frozenset[str]
+    copies: Mapping[str, Copy]
 
 
 def kernels(model: onnx.ModelProto, tensors: Mapping[str, Tensor], batch: int = 1) -> Kernels:
@@ -70,67 +75,19 @@ def kernels(model: onnx.ModelProto, tensors: Mapping[str, Tensor], batch: int = 
         tensors: Its tensors, as `tensor_shapes` gives them.
         batch: Videos at once at these sizes. Engines are tuned for one, and the compiler decides by that.
     """
-    operations, root = _operations(model, tensors)
+    found, root = operations_of(model, tensors)
     outside = frozenset(root(value.name) for value in (*model.graph.input, *model.graph.output))
-    operations = _join_attention(operations, tensors)
-    operations = _part_products(operations, tensors, batch)
-    operations = _place_parts(operations)
+    found = _join_attention(found, tensors)
+    found = _part_products(found, tensors, batch)
+    found = _place_parts(found)
+    found, copies = _move_norms(found)
     main = max(model.graph.input, key=lambda value: tensors[value.name].elements).name
-    return Kernels(_side_first(_group(operations, outside), main), outside)
-
-
-def _operations(
-    model: onnx.ModelProto, tensors: Mapping[str, Tensor]
-) -> tuple[list[Operation], Callable[[str], str]]:
-    """What is left without constants and without what moves nothing."""
-    root = _Root()
-    operations = []
-    for node in model.graph.node:
-        if all(tensors[name].constant for name in node.output if name):
-            continue
-        first = tensors[node.input[0]]
-        between_floats = node.op_type == "Cast" and first.floating and tensors[node.output[0]].floating
-        quantised = node.op_type in ("QuantizeLinear", "DequantizeLinear")
-        if node.op_type in VIEWS or between_floats or quantised:
-            root.alias(node.output[0], node.input[0])
-            continue
-        inputs = [root(name) for name in node.input if name and not tensors[root(name)].constant]
-        operations.append(Operation(node.op_type, inputs, [name for name in node.output if name]))
-    return operations, root
-
-
-class _Root:
-    """The tensor whose memory a tensor is."""
-
-    def __init__(self) -> None:
-        self._aliases: dict[str, str] = {}
-
-    def alias(self, name: str, of: str) -> None:
-        self._aliases[name] = self(of)
-
-    def __call__(self, name: str) -> str:
-        return self._aliases.get(name, name)
-
-
-class _Links:
-    """Who makes a tensor and who uses it."""
-
-    def __init__(self, operations: Sequence[Operation]) -> None:
-        self.maker = {name: each for each in operations for name in each.outputs}
-        self.users: defaultdict[str, list[Operation]] = defaultdict(list)
-        for each in operations:
-            for name in each.inputs:
-                self.users[name].append(each)
-
-    def only_user(self, name: str) -> Operation | None:
-        """The one operation that uses a tensor; None when there are several, or none."""
-        users = self.users[name]
-        return users[0] if len(users) == 1 else None
+    return Kernels(_side_first(_group(found, outside), main), outside, copies)
 
 
 def _join_attention(operations: list[Operation], tensors: Mapping[str, Tensor]) -> list[Operation]:
     """MatMul, Softmax, MatMul as one operation, with the scaling, the mask and the transposes around it."""
-    links = _Links(operations)
+    links = Links(operations)
     gone: set[int] = set()
     for softmax in operations:
         last = links.only_user(softmax.outputs[0]) if softmax.kind == "Softmax" else None
@@ -162,7 +119,7 @@ def _join_attention(operations: list[Operation], tensors: Mapping[str, Tensor]) 
     return [each for each in operations if id(each) not in gone]
 
 
-def _passes(operation: Operation, links: _Links) -> bool:
+def _passes(operation: Operation, links: Links) -> bool:
     """Whether attention reads an operation's input instead of its result: a transpose or a factor."""
     alone = len(operation.inputs) == 1 and links.only_user(operation.outputs[0]) is not None
     return alone and operation.kind in ("Transpose", "Mul")
@@ -174,7 +131,7 @@ def _part_products(operations: list[Operation], tensors: Mapping[str, Tensor], b
     The parts' order is the compiler's for a gated layer, which stores its gate and forms the product
     with it while it multiplies. It does not do that from `WHOLE` elements on.
     """
-    links = _Links(operations)
+    links = Links(operations)
     gone: set[int] = set()
     parts: dict[int, list[str]] = {}
     for split in operations:
@@ -201,7 +158,7 @@ def _place_parts(operations: list[Operation]) -> list[Operation]:
 
     So the whole is there from the first part on, which for a skip connection is long before the second.
     """
-    links = _Links(operations)
+    links = Links(operations)
     whole: dict[str, str] = {}
     gone: set[int] = set()
     for each in operations:
@@ -219,6 +176,65 @@ def _place_parts(operations: list[Operation]) -> list[Operation]:
         for each in operations
         if id(each) not in gone
     ]
+
+
+def _move_norms(operations: list[Operation]) -> tuple[list[Operation], dict[str, Copy]]:
+    """A LayerNormalization whose result is moved is two kernels, and FP32 between them.
+
+    It is moved where it is split, and where tokens that a transpose made enter attention: the compiler
+    puts off the tokens' reordering until after the norm, and then reorders for the residual a second time.
+    """
+    links = Links(operations)
+    place = {id(each): index for index, each in enumerate(operations)}
+    copies: dict[str, Copy] = {}
+    made: list[Operation] = []
+    renamed: dict[tuple[int, str], str] = {}
+    late: dict[int, Operation] = {}
+    for each in operations:
+        names = [renamed.get((id(each), name), name) for name in each.inputs]
+        made.append(Operation(each.kind, names, each.outputs))
+        if id(each) in late:
+            made.append(late[id(each)])
+        if each.kind != "LayerNormalization":
+            continue
+        source, result = each.inputs[0], each.outputs[0]
+        wide, again = f"{result} in FP32", f"{source} reordered"
+        attention = _attention_after(result, links) if _reordered(source, links) else None
+        split = links.only_user(result)
+        if split is not None and split.kind == "Split":
+            made[-1].outputs = [wide]
+            renamed[id(split), result] = wide
+            copies[wide] = Copy(result, fp32=True)
+        elif attention is not None:
+            made[-1].outputs = [wide]
+            made.append(Operation("Transpose", [wide], [result]))
+            copies[wide] = Copy(result, fp32=True)
+            residuals = [user for user in links.users[source] if place[id(user)] > place[id(attention)]]
+            if residuals:
+                late[id(attention)] = Operation("Transpose", [source], [again])
+                renamed |= {(id(user), source): again for user in residuals}
+                copies[again] = Copy(source, fp32=False)
+    return made, copies
+
+
+def _reordered(name: str, links: Links) -> bool:
+    """Whether a tensor is a product, with a bias added, of what a transpose gives."""
+    maker = links.maker.get(name)
+    while maker is not None and maker.kind == "Add" and len(maker.inputs) == 1:
+        maker = links.maker.get(maker.inputs[0])
+    before = links.maker.get(maker.inputs[0]) if maker is not None and maker.kind in PRODUCTS else None
+    return before is not None and before.kind == "Transpose"
+
+
+def _attention_after(name: str, links: Links) -> Operation | None:
+    """The fused attention among whose queries, keys or values are products of a tensor."""
+    for product in links.users[name]:
+        user = links.only_user(product.outputs[0]) if product.kind in PRODUCTS else None
+        while user is not None and user.kind == "Add" and len(user.inputs) == 1:
+            user = links.only_user(user.outputs[0])
+        if user is not None and user.kind == ATTENTION:
+            return user
+    return None
 
 
 def _group(operations: Sequence[Operation], outside: frozenset[str]) -> list[Kernel]:

@@ -154,6 +154,114 @@ def test_a_skip_connection_takes_its_place_in_the_whole_at_once() -> None:
     assert alive(graph_cost(sized, "fp32", "fp32")) >= 4 * kept
 
 
+PIECES = """
+g (float[n, h, 8] x) => (float[n, h, 8] y)
+<int64[2] flat = {-1, 8}, int64[1] one = {1}, int64[1] none = {0}> {
+  t = MatMul (x, w)
+  norm = LayerNormalization <axis = -1> (t, scale, shift)
+  rows = Reshape (norm, flat)
+  p0, p1 = Split <axis = 0, num_outputs = 2> (rows)
+  g0 = MatMul (p0, w1)
+  o0 = MatMul (g0, w2)
+  row = Slice (o0, none, one, none)
+  sum = ReduceSum <keepdims = 1> (row)
+  zero = Clip (sum, nought, nought)
+  p2 = Add (p1, zero)
+  g1 = MatMul (p2, w1)
+  o1 = MatMul (g1, w2)
+  both = Concat <axis = 0> (o0, o1)
+  shape = Shape (t)
+  back = Reshape (both, shape)
+  out = Add (t, back)
+  y = MatMul (out, w)
+}
+"""
+NORM = {"w": (8, 8), "scale": (8,), "shift": (8,)}
+
+
+@pytest.mark.parametrize(("precision", "item"), [("fp32", 4), ("fp16", 2)])
+def test_a_norm_whose_rows_are_split_is_kept_in_fp32_until_then(precision: str, item: int) -> None:
+    weights = {**NORM, "w1": (8, 32), "w2": (32, 8), "nought": ()}
+    cost = cost_of(model_of(PIECES, **weights), spec_of("n", "h", 8), precision)
+    rows = 2 * 6 * 8
+    # While the first piece's 32 values per row are made: t, the pieces, half of the rows four times as wide,
+    # and the norm, which its reader has only just left. Nothing of the second piece.
+    assert alive(cost) == rows * (item * (1 + 1 + 4 / 2) + 4)
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_pieces_that_wait_for_each_other_share_the_memory_of_their_hidden_values(chained: bool) -> None:
+    text = PIECES if chained else PIECES.replace("g1 = MatMul (p2, w1)", "g1 = MatMul (p1, w1)")
+    weights = {**NORM, "w1": (8, 128), "w2": (128, 8), "nought": ()}
+    cost, rows = cost_of(model_of(text, **weights), spec_of("n", "h", 8)), 2 * 6 * 8
+    hidden = 4 * rows * 16 / 2
+    assert (alive(cost) > 2 * hidden) is not chained
+
+
+TOKENS = """
+g (float[n, 8, h] x) => (float[n, h, 8] y) <int64[4] split = {0, 0, 2, 4}, int64[3] join = {0, 0, 8}> {
+  cells = Transpose <perm = [0, 2, 1]> (x)
+  t0 = MatMul (cells, w)
+  t = Add (t0, shift)
+  norm = LayerNormalization <axis = -1> (t, scale, shift)
+  q = MatMul (norm, w)
+  k = MatMul (norm, w)
+  v = MatMul (norm, w)
+  q1 = Reshape (q, split)
+  k1 = Reshape (k, split)
+  v1 = Reshape (v, split)
+  q2 = Transpose <perm = [0, 2, 1, 3]> (q1)
+  k2 = Transpose <perm = [0, 2, 3, 1]> (k1)
+  v2 = Transpose <perm = [0, 2, 1, 3]> (v1)
+  scores = MatMul (q2, k2)
+  shares = Softmax <axis = -1> (scores)
+  mixed = MatMul (shares, v2)
+  back = Transpose <perm = [0, 2, 1, 3]> (mixed)
+  flat = Reshape (back, join)
+  out = MatMul (flat, w)
+  y = Add (out, t)
+}
+"""
+
+
+@pytest.mark.parametrize(("precision", "item"), [("fp32", 4), ("fp16", 2)])
+def test_tokens_are_reordered_after_the_norm_and_again_for_the_residual(precision: str, item: int) -> None:
+    spec = StageSpec(
+        "s", {"x": TensorSpec("float32", ("n", 8, "h"))}, {"y": TensorSpec("float32", ("n", "h", 8))}, 1
+    )
+    sized = sized_graph(model_of(TOKENS, **NORM), spec, SIZES)
+    assert [kernel.kinds for kernel in sized.kernels.order] == [
+        ["Transpose"],
+        ["MatMul", "Add"],
+        ["LayerNormalization"],
+        ["Transpose"],
+        *[["MatMul"]] * 3,
+        ["Attention"],
+        ["Transpose"],
+        ["MatMul", "Add"],
+    ]
+    # The residual's copy waits for t alone, so it shares memory with nothing in between: cells, t, the norm
+    # reordered, q, k, v and what attention gives, beside the norm in FP32.
+    assert alive(graph_cost(sized, precision, "fp32")) == 2 * 6 * 8 * (item * (1 + 1 + 1 + 3 + 1 + 1) + 4)
+
+
+def test_a_norm_that_is_not_moved_stays_one_kernel() -> None:
+    sized = sized_graph(
+        model_of(
+            TOKENS.replace("MatMul (cells, w)", "Conv (x, taps)").replace(
+                "Add (t0, shift)", "Transpose <perm = [0, 2, 1]> (t0)"
+            ),
+            **NORM,
+            taps=(8, 8, 1),
+        ),
+        StageSpec(
+            "s", {"x": TensorSpec("float32", ("n", 8, "h"))}, {"y": TensorSpec("float32", ("n", "h", 8))}, 1
+        ),
+        SIZES,
+    )
+    assert not sized.kernels.copies
+
+
 def test_shapes_that_a_graph_computes_are_followed() -> None:
     text = """
     g (float[n, 4, h, h] x) => (float[n, 4, h, h] y)
