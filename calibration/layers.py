@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reelrt.calibration.qdq import QUANTISABLE, quantisable
+from reelrt.errors import InputError
 
 if TYPE_CHECKING:
     import onnx
@@ -112,6 +113,20 @@ def _query(scores: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto], weights
 def kept_by_default(layers: Sequence[Layer], family: str) -> list[str]:
     """Names of the layers that stay in FP32 when no sensitivity was measured."""
     return matching(layers, KEPT.get(family, STANDARD))
+
+
+def check_patterns(patterns: Iterable[str]) -> None:
+    """Refuse what is no regular expression.
+
+    Raises:
+        InputError: The message names the pattern.
+    """
+    pattern = ""
+    try:
+        for pattern in patterns:
+            re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"keep {pattern!r} is no regular expression: {error}.") from error
 
 
 def matching(layers: Sequence[Layer], patterns: Iterable[str]) -> list[str]:

@@ -48,7 +48,9 @@ def read_prompts(path: Path) -> list[str]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no UTF-8 text (byte {error.start}).") from error
+        raise InputError(
+            f"{path} is no UTF-8 text (byte {error.start}).", "Save it as UTF-8, one prompt per line."
+        ) from error
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
         raise InputError(f"{path} holds no prompt.", "Write one per line.")

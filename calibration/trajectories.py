@@ -297,6 +297,8 @@ def _check(settings: Settings) -> None:
     check_seed(settings.seed)
     if not settings.prompts:
         raise InputError("there are no prompts to record.", "Give a file with one prompt per line.")
+    if settings.steps < 1:
+        raise InputError(f"steps {settings.steps} is not possible: give 1 or more.")
     if not 1 <= settings.samples_per_prompt <= settings.steps:
         raise InputError(
             f"{settings.samples_per_prompt} samples per prompt are not possible with {settings.steps} "

@@ -62,6 +62,8 @@ def check_quality(bundle: Bundle, gate: bool = True) -> Passed:
             report.prompts,
             PROMPTS,
         )
+    if not all(each.adherence for each in report.figures):
+        log.warning("adherence to the prompts was not measured for %s", bundle.folder)
     return Passed(report.summary(), attached=True)
 
 
@@ -95,6 +97,11 @@ def _check(bundle: Bundle, report: Report | None, precision: str) -> None:
         raise QualityError(
             f"{bundle.folder / QUALITY} belongs to another bundle: it was measured on {report.candidate} "
             f"({report.bundle[:12]}...), and this is {own}.",
+            f"{measure} {WITHOUT}",
+        )
+    if report.precision != precision:
+        raise QualityError(
+            f"{bundle.folder / QUALITY} is about {report.precision}, and the bundle is {precision}.",
             f"{measure} {WITHOUT}",
         )
     if report.passed is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -68,6 +68,7 @@ def calibrate(
     from reelrt.calibration.trajectories import estimate_bytes, record
 
     began = time.monotonic()
+    _check_options(precision, samples, steps, budget, keep or [])
     source = Bundle.load(bundle)
     if output.resolve() == bundle.resolve():
         raise InputError(f"{output} is the bundle itself.", "Name another folder to write to.")
@@ -94,7 +95,7 @@ def calibrate(
         warn_if_alike(words)
         folder = work or output.with_name(f"{output.name}.work")
         size = estimate_bytes(source.pipeline, len(words), samples)
-        note(f"{len(words)} prompts; their trajectories take up to {size / 2**20:,.1f} MiB in {folder}")
+        note(f"Prompts: {len(words)}; their trajectories take up to {size / 2**20:,.1f} MiB in {folder}")
         with progress_bars() as progress:
             trajectories = record(
                 bundle, words, folder, steps=steps, samples_per_prompt=samples, seed=seed, progress=progress
@@ -112,6 +113,31 @@ def calibrate(
         show({"folder": str(output), "stages": sizes, "report": report, "seconds": seconds}, as_json)
     else:
         show({"wrote": str(output), "took_seconds": seconds, **_brief(report), "stages": sizes}, as_json)
+
+
+def _check_options(
+    precision: str, samples: int, steps: int, budget: float | None, keep: Sequence[str]
+) -> None:
+    """Refuse impossible options before anything is recorded.
+
+    Raises:
+        InputError: The message names the option and its value.
+    """
+    from reelrt.calibration.layers import check_patterns
+    from reelrt.calibration.sensitivity import check_budget
+
+    if steps < 1:
+        raise InputError(f"steps {steps} is not possible: give 1 or more.")
+    if not 1 <= samples <= steps:
+        raise InputError(
+            f"{samples} samples per prompt are not possible with {steps} steps: give 1 to {steps}."
+        )
+    if budget is not None:
+        check_budget(budget)
+    check_patterns(keep)
+    if precision != "int8" and (budget is not None or keep):
+        option = "--keep" if budget is None else "--budget"
+        raise InputError(f"{option} is for --precision int8, not for {precision}.", "Leave it out.")
 
 
 def _calibrate(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from reelrt.bundle.manifest import Bundle, EngineSet
+from reelrt.bundle.report import coarsest
 from reelrt.engines.builder import build_engines
 from reelrt.engines.gate import NOT_MEASURED, check_quality
 from reelrt.engines.inspection import describe
@@ -30,7 +31,9 @@ def int8(request, tmp_path: Path) -> Path:
 
 
 def attach(bundle: Path, **figures) -> Path:
-    data = report(Bundle.load(bundle).sha256, **figures)
+    made = Bundle.load(bundle)
+    own = coarsest(stage.precision for stage in made.stages.values())
+    data = report(made.sha256, **{"precision": own, **figures})
     (bundle / "quality.json").write_text(json.dumps(data), encoding="utf-8")
     return bundle
 
@@ -76,6 +79,18 @@ def test_a_report_against_something_else_than_fp32_is_refused(int8):
         QualityError, match="its reference reference is int8, and the targets are against fp32"
     ):
         check_quality(Bundle.load(int8))
+
+
+def test_a_report_for_other_targets_is_refused(int8):
+    attach(int8, precision="fp16", ssim=0.999)
+    with pytest.raises(QualityError, match="is about fp16, and the bundle is int8"):
+        check_quality(Bundle.load(int8), gate=True)
+
+
+def test_adherence_that_was_not_measured_is_said_aloud(int8, caplog):
+    attach(int8, points=None)
+    check_quality(Bundle.load(int8), gate=True)
+    assert "adherence to the prompts was not measured" in caplog.text
 
 
 def test_a_report_that_cannot_be_read_is_refused(int8):
