@@ -17,6 +17,11 @@ from reelrt.errors import RangeError
 Axis = str | int
 """A named axis is dynamic, a number is fixed. `8*height` is a named axis times a constant."""
 
+MAX_TABLE_ROWS = 200
+"""100 steps of split guidance, which take two rows each."""
+DECODER_FRAMES = 4
+"""Latent frames per call of the decoder: enough to keep a device busy, little enough to fit one."""
+
 TABLE_COLUMNS = 3
 """Columns of a schedule table before the state matrix: timestep, input scale, text."""
 

@@ -20,6 +20,7 @@ import numpy as np
 from reelrt import __version__
 from reelrt.bundle.files import atomic_folder
 from reelrt.bundle.manifest import Bundle
+from reelrt.bundle.spec import DECODER_FRAMES
 from reelrt.calibration.audit import ERROR, HEADROOM, Audit, Feed, Layer, audit_stage
 from reelrt.calibration.probes import LARGEST
 from reelrt.errors import InputError
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 REPORT = "fp16-audit.json"
 SAMPLES = 32
 """Feeds of a stage that are run, spread evenly over what was recorded."""
-DECODER_FRAMES = 4
 _GOLDEN = 0.618033988749895
 
 

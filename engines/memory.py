@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from reelrt.bundle.manifest import Bundle, Engine, EngineSet
 from reelrt.bundle.schedule import Cfg
-from reelrt.bundle.spec import StageSpec
+from reelrt.bundle.spec import DECODER_FRAMES, StageSpec
 from reelrt.engines import profiles
 from reelrt.engines.graph_cost import WORKSPACE_BYTES, Cost, SizedGraph, graph_cost, sized_graph
 from reelrt.engines.graph_shapes import load_graph
@@ -60,7 +60,7 @@ class Video:
     batch: int
     precision: str
     cfg: Cfg
-    decoder_frames: int = profiles.DECODER_FRAMES
+    decoder_frames: int = DECODER_FRAMES
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,9 @@ too. Knows specs and geometry; knows no backend.
 
 from __future__ import annotations
 
-from reelrt.bundle.spec import Geometry, Profile, Range, StageSpec
+from reelrt.bundle.spec import DECODER_FRAMES, MAX_TABLE_ROWS, Geometry, Profile, Range, StageSpec
 from reelrt.errors import RangeError
 
-MAX_TABLE_ROWS = 200
-"""100 steps of split guidance, which take two rows each."""
-DECODER_FRAMES = 4
-"""Latent frames per call of the decoder: enough to keep a device busy, little enough to fit one."""
 LARGEST_SIDE, MOST_FRAMES, MOST_VIDEOS = 32768, 1024, 64
 """Beyond these no device has the memory; a slip of the finger is told at once."""
 SMALLEST_CELLS = 2

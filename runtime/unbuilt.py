@@ -12,16 +12,15 @@ from pathlib import Path
 import onnxruntime as ort
 
 from reelrt.bundle.manifest import Bundle, Engine, EngineSet, kind_of
-from reelrt.bundle.spec import Profile, Range
+from reelrt.bundle.spec import DECODER_FRAMES, MAX_TABLE_ROWS, Profile, Range
 from reelrt.jetson.device import physical_cores
 from reelrt.runtime.ort import OrtSessions
 from reelrt.runtime.pipeline import TextToVideo
 from reelrt.runtime.session import Sessions, open_sessions
 
-BATCH, ROWS = 4, 200
-"""Videos at once, and rows of a table: 100 steps of split guidance."""
+BATCH = 4
+"""Videos at once."""
 MOST_FRAMES, MOST_CELLS = 1024, 1024
-DECODER_FRAMES = 4
 
 Wrap = Callable[[Sessions], Sessions]
 """What stands between the pipeline and its sessions, to look at what passes."""
@@ -62,7 +61,7 @@ def as_engines(bundle: Bundle) -> EngineSet:
         "text_encoder": {"batch": Range(1, 1, 2)},
         "step": {
             "batch": Range(1, 1, BATCH),
-            "rows": Range(1, ROWS, ROWS),
+            "rows": Range(1, MAX_TABLE_ROWS, MAX_TABLE_ROWS),
             "frames": Range(1, frames, MOST_FRAMES),
             **picture,
         },
