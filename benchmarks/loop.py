@@ -90,6 +90,7 @@ class Timed:
     def __init__(self, session: Any, clock: Clock) -> None:
         self._session, self._clock = session, clock
         self.io_binding = session.io_binding
+        self.get_inputs, self.get_outputs = session.get_inputs, session.get_outputs
 
     def run(self, *arguments: Any) -> Any:
         """As the session's own."""
@@ -143,8 +144,8 @@ def open_rivals(model: Path, folder: Path, threads: int) -> Rivals:
         raise SystemExit(f"{folder} was not built from {model}.")
     clock = Clock()
 
-    def open_timed(path: Path, count: int) -> Timed:
-        return Timed(open_engine(path, count), clock)
+    def open_timed(path: Path, count: int, spin: bool = True) -> Timed:
+        return Timed(open_engine(path, count, spin), clock)
 
     pipe = TextToVideo(engines, OrtSessions(engines, threads, open_timed))
     torch.set_num_threads(threads)

@@ -23,6 +23,8 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 SCHEDULES = "schedules.safetensors"
 TOKENIZER = "tokenizer.json"
+PREFIX = ".prefix"
+"""What follows an engine file's name in that of its first part, where a step engine has two."""
 MAX_STEPS = 100
 STAGES = ("text_encoder", "step", "vae_decoder")
 

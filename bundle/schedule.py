@@ -141,7 +141,8 @@ def _accumulate(state_rows: int, weight: float) -> Float64:
 def first_passes(table: Float32) -> npt.NDArray[np.bool_]:
     """Which rows of a split-guidance table only add the unconditional output to the last state row, [S].
 
-    The row after such a one starts from the same sample and is the only one to use that sum.
+    The row after such a one has its timestep and input scale, starts from the same sample, and is the
+    only one to use that sum.
     """
     first: npt.NDArray[np.bool_] = table[:, 2] == 0
     return first

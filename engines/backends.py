@@ -15,6 +15,8 @@ from reelrt.jetson.device import Device, host_target
 from reelrt.jetson.targets import HOST, Target, find
 
 AUTO = "auto"
+GRAPH_PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir"}
+"""Module to the package that brings it: what building for any backend needs."""
 # https://docs.nvidia.com/deeplearning/tensorrt-rtx: the GPUs of its support matrix.
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
@@ -48,7 +50,7 @@ BACKENDS: dict[str, Backend] = {
             "ONNX Runtime",
             ".onnx",
             None,
-            "optimization=all",
+            "optimization=all, rows of tokens, text-free part",
             "Install it: pip install onnxruntime.",
         ),
         Backend(
@@ -97,6 +99,20 @@ def version(backend: Backend) -> str:
         return str(importlib.import_module(backend.name).__version__)
     except Exception as error:  # a library that does not load raises what it likes
         raise BackendError(f"{backend.title} cannot be loaded: {error}", backend.remedy) from error
+
+
+def check_graph_packages() -> None:
+    """Whether what reads and rewrites graphs is there.
+
+    Raises:
+        BackendError: It is not.
+    """
+    lacking = [package for module, package in GRAPH_PACKAGES.items() if not installed(module)]
+    if lacking:
+        raise BackendError(
+            f"building engines needs {' and '.join(lacking)}, not installed here.",
+            f"Install it: pip install {' '.join(lacking)}.",
+        )
 
 
 def cuda_version(backend: Backend, device: Device) -> str:

@@ -100,6 +100,7 @@ def build_engines(
     if previous is not None and len(kept) == len(plan) and _is_current(previous, source, aim, plan, quality):
         log.info("%s is up to date", output)
         return previous
+    backends.check_graph_packages()
     if check_memory and library.name != "onnxruntime" and aim.memory_gib:
         video = memory.Video(width, height, count, batch, plan["step"].precision, source.pipeline.cfg)
         memory.check_fits(memory.Planner(source, aim), video)
@@ -221,6 +222,7 @@ def _build(bundle: Bundle, planned: Planned, folder: Path, progress: Progress) -
         profile=planned.profile,
         compute_capability=planned.compute_capability,
         keep_fp32=planned.keep_fp32,
+        cfg=bundle.pipeline.cfg,
         inspect=planned.inspect,
     )
     began = time.monotonic()

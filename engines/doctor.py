@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Literal
 
 from reelrt.bundle.manifest import EngineSet
-from reelrt.engines.backends import BACKENDS, RTX_CAPABILITIES, cuda_version, installed, version
+from reelrt.engines.backends import (
+    BACKENDS,
+    GRAPH_PACKAGES,
+    RTX_CAPABILITIES,
+    cuda_version,
+    installed,
+    version,
+)
 from reelrt.errors import BackendError, IntegrityError
 from reelrt.jetson.device import Device, detect
 
@@ -224,25 +231,27 @@ def _codecs() -> Check:
     return Check("PyAV", "ok", found)
 
 
-def _abilities(device: Device, packages: Iterable[Check]) -> list[Check]:
+def _abilities(device: Device, found: Iterable[Check]) -> list[Check]:
     """What can be done with all that."""
-    there = {check.name for check in packages if check.status == "ok"}
-    onnx = {"onnx", "polygraphy"} <= there
+    there = {check.name for check in found if check.status == "ok"}
+    graphs = all(installed(module) for module in GRAPH_PACKAGES)
+    onnx = graphs and "polygraphy" in there
     rtx, full = onnx and "tensorrt_rtx" in there, onnx and "tensorrt" in there and device.gpu is not None
     gpu = device.gpu.compute_capability if device.gpu else ""
     builds = [
-        *(["onnxruntime engines for this CPU"] if "onnxruntime" in there else []),
+        *(["onnxruntime engines for this CPU"] if graphs and "onnxruntime" in there else []),
         *([f"tensorrt_rtx engines for compute capability {', '.join(RTX_CAPABILITIES)}"] if rtx else []),
         *([f"tensorrt engines for this device ({gpu})"] if full else []),
     ]
     runs = ["onnxruntime engines"] if "onnxruntime" in there else []
     if device.gpu is not None and {"GPU", "cuda-bindings"} <= there:
         runs += [f"{name} engines for {gpu}" for name in ("tensorrt_rtx", "tensorrt") if name in there]
+    packages = " ".join(["onnxruntime", *GRAPH_PACKAGES.values()])
     lacking = [name for name in EXPORT_MODULES if name not in there]
     export = f"without {', '.join(lacking)}" if lacking else "diffusers folders to bundles"
     return [
         _ability("Can export", not lacking, export, "Install it: pip install 'reelrt[export]'."),
-        _ability("Can build", bool(builds), "; ".join(builds), BACKENDS["onnxruntime"].remedy),
+        _ability("Can build", bool(builds), "; ".join(builds), f"Install it: pip install {packages}."),
         _ability("Can run", bool(runs), "; ".join(runs), BACKENDS["onnxruntime"].remedy),
     ]
 

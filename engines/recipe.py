@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reelrt.bundle.schedule import Cfg
 from reelrt.bundle.spec import Profile, Range, StageSpec
 
 Layers = Mapping[str, Mapping[str, Mapping[str, int]]]
@@ -29,6 +30,7 @@ class Job:
         profile: The sizes it shall accept.
         compute_capability: `8.6`, say; empty for a CPU.
         keep_fp32: Layers that stay FP32 when the graph is converted.
+        cfg: How guidance is computed.
         inspect: Whether the GPU of this machine can open the engine, to be asked what is in it.
     """
 
@@ -41,6 +43,7 @@ class Job:
     profile: Profile
     compute_capability: str
     keep_fp32: tuple[str, ...] = ()
+    cfg: Cfg = "split"
     inspect: bool = False
 
     def to_json(self) -> dict[str, Any]:

@@ -59,41 +59,40 @@ class Precision:
         return sum(entry["weight_bytes"] for kinds in self.layers.values() for entry in kinds.values())
 
 
-def read(path: Path, *, fused: bool, keep: Collection[str] = ()) -> Precision:
+def read(*paths: Path, fused: bool, keep: Collection[str] = ()) -> Precision:
     """Read a graph's precision off its types.
 
     Args:
-        path: The ONNX file; its weights are not read.
+        paths: The ONNX file, or several that are one engine; their weights are not read.
         fused: Whether this graph is what runs. If not, the builder makes one INT8 operation of a
             product and the DequantizeLinear before it, and stores quantised weights as INT8.
         keep: Names of layers that shall be FP32.
     """
     import onnx
 
-    graph = onnx.load(str(path), load_external_data=False).graph
-    types = _types(graph)
-    weights = _Weights(graph, fused)
-    named = weight_tensors(graph)
     layers: dict[str, dict[str, dict[str, int]]] = {}
     elements: dict[str, int] = {}
     kept = 0
-    for node in graph.node:
-        if node.op_type == "Constant" or node.output[0] in weights.sources:
-            continue  # no layer, or part of a weight's storage
-        precision = _precision(node, types, weights, fused)
-        size = 0
-        for kind, count, stored in weights.take(node):
-            size += stored
-            if count >= MIN_WEIGHT:
-                elements[kind] = elements.get(kind, 0) + count
-                kept += count if kind == "fp32" and layer_name(node) in keep else 0
-        if not precision:
-            continue
-        entry = layers.setdefault(layer_class(node, named), {}).setdefault(
-            precision, {"count": 0, "weight_bytes": 0}
-        )
-        entry["count"] += 1
-        entry["weight_bytes"] += size
+    for path in paths:
+        graph = onnx.load(str(path), load_external_data=False).graph
+        types, weights, named = _types(graph), _Weights(graph, fused), weight_tensors(graph)
+        for node in graph.node:
+            if node.op_type == "Constant" or node.output[0] in weights.sources:
+                continue  # no layer, or part of a weight's storage
+            precision = _precision(node, types, weights, fused)
+            size = 0
+            for kind, count, stored in weights.take(node):
+                size += stored
+                if count >= MIN_WEIGHT:
+                    elements[kind] = elements.get(kind, 0) + count
+                    kept += count if kind == "fp32" and layer_name(node) in keep else 0
+            if not precision:
+                continue
+            entry = layers.setdefault(layer_class(node, named), {}).setdefault(
+                precision, {"count": 0, "weight_bytes": 0}
+            )
+            entry["count"] += 1
+            entry["weight_bytes"] += size
     return Precision({name: layers[name] for name in sorted(layers)}, elements, kept)
 
 

@@ -170,6 +170,7 @@ class _ToParent(logging.Handler):
 
 def build(job: Job, progress: Progress) -> Built:
     """Build one engine in this process."""
+    from reelrt.engines import onnxruntime
     from reelrt.engines.casts import cast_last
     from reelrt.engines.precision import convert
     from reelrt.engines.verified import check, read
@@ -192,7 +193,8 @@ def build(job: Job, progress: Progress) -> Built:
         module = "onnxruntime" if on_cpu else "tensorrt"
         builder: Builder = import_module(f"reelrt.engines.{module}").build
         built = builder(job, graph, progress)
-        found = read(job.output if on_cpu else graph, fused=on_cpu, keep=job.keep_fp32)
+        built_of = onnxruntime.files(job.output) if on_cpu else [graph]
+        found = read(*built_of, fused=on_cpu, keep=job.keep_fp32)
         check(job, found, 0 if on_cpu else built.weight_bytes, built.inspected)
         return replace(built, layers=found.layers)
 

@@ -12,14 +12,15 @@ from typing import Any
 
 import onnxruntime as ort
 
-from reelrt.bundle.manifest import EngineSet
+from reelrt.bundle.manifest import PREFIX, EngineSet
 from reelrt.errors import BackendError, CompatibilityError
 from reelrt.jetson.device import detect, physical_cores
-from reelrt.runtime.ort_step import Lanes, OrtStep
+from reelrt.runtime.lanes import Lanes, Part
+from reelrt.runtime.ort_step import OrtStep
 from reelrt.runtime.session import Array
 
-Open = Callable[[Path, int], Any]
-"""Opens an engine file with so many CPU threads within an operator."""
+Open = Callable[..., Any]
+"""Opens an engine file, as `open_engine` does."""
 
 
 def open_sessions(engines: EngineSet, threads: int | None = None) -> OrtSessions:
@@ -55,8 +56,13 @@ def _check(engines: EngineSet) -> None:
             )
 
 
-def open_engine(path: Path, threads: int) -> ort.InferenceSession:
+def open_engine(path: Path, threads: int, spin: bool = True) -> ort.InferenceSession:
     """Open one engine file; its weights lie beside it.
+
+    Args:
+        path: The file.
+        threads: CPU threads within an operator.
+        spin: Whether these keep a core busy for a while after each operator, to be there for the next.
 
     Raises:
         BackendError: ONNX Runtime cannot open it.
@@ -64,6 +70,7 @@ def open_engine(path: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base class
@@ -83,7 +90,14 @@ class OrtSessions:
         self._engines = engines
         files = {name: engines.folder / engine.file for name, engine in engines.engines.items()}
         self._opened = {name: open_file(path, threads) for name, path in files.items() if name != "step"}
-        self._lanes = Lanes(threads, partial(open_file, files["step"]))
+        prefix = files["step"].with_name(files["step"].name + PREFIX)
+        self._step = Part(threads, partial(open_file, files["step"]))
+        # The lanes need the cores as soon as the prefix is through.
+        opened = (
+            Part(threads, partial(open_file, prefix, spin=False)) if prefix.name in engines.files else None
+        )
+        self._prefix = opened
+        self._lanes = Lanes(threads)
 
     def run(self, stage: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a stage once on arrays of any size within its profile."""
@@ -96,4 +110,5 @@ class OrtSessions:
 
     def open_step(self, latents: tuple[int, int, int, int]) -> OrtStep:
         """Allocate and bind the step's buffers for latents [C, F, h, w]."""
-        return OrtStep(self._lanes, self._engines.engines["step"], self._engines.pipeline.cfg, latents)
+        engine, cfg = self._engines.engines["step"], self._engines.pipeline.cfg
+        return OrtStep(self._lanes, self._step, self._prefix, engine, cfg, latents)

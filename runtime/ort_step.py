@@ -1,21 +1,16 @@
-"""The step engine of ONNX Runtime: bound buffers, and which thread runs which pass of the network.
+"""The step engine of ONNX Runtime: bound buffers, and which pass of the network a launch runs.
 
-A denoiser's operators are too small to keep several cores busy, so a launch runs whole passes side
-by side instead, each on a lane: the rows of the batch, and the two passes of a guided step. With
-split guidance these are two rows of the table, one without and one with the prompt, and both start
-from the same sample; only a sum joins them. The second is run ahead with the first, and its own
-launch is that sum.
+A launch runs passes side by side, each on a lane: the rows of the batch, and the two passes of a
+guided step. With split guidance these are two rows of the table, one without and one with the
+prompt, and both start from the same sample; only a sum joins them. The second is run ahead with the
+first, and its own launch is that sum. Where the engine has a first part that no prompt changes,
+both passes go on from one run of it.
 
 No kernel ever sees another request, so a request's bytes cannot depend on its company.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-import weakref
-from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,138 +19,34 @@ import numpy.typing as npt
 from reelrt.bundle.manifest import Engine
 from reelrt.bundle.schedule import Cfg, accumulated_weights, first_passes
 from reelrt.errors import BackendError
+from reelrt.runtime.lanes import Call, Lanes, Part, run
 from reelrt.runtime.session import Array, Float32
-
-PATIENCE = 0.5
-"""Seconds after which a lane that hears nothing of the other hands its errand over again."""
-
-
-class Errand:
-    """Bound passes for the second lane, and what became of them."""
-
-    def __init__(self, passes: Sequence[Any]) -> None:
-        self.passes = passes
-        self.over = False
-        self.error: BackendError | None = None
-        self._gate = threading.Lock()
-        self._gate.acquire()
-
-    def run(self, engine: Any) -> None:
-        """Do it, once: what was handed over twice is over the second time."""
-        if self.over:
-            return
-        try:
-            _run(engine, self.passes)
-        except BackendError as error:
-            self.error = error
-        self.over = True
-        self._gate.release()
-
-    def wait(self, seconds: float) -> None:
-        """Wait until it is over, or for a while."""
-        self._gate.acquire(timeout=seconds)
-
-
-class Lanes:
-    """The step engine, opened so that two passes at a time use the CPU's threads.
-
-    Ctrl-C may strike between any two operations, also while one lane waits for the other. So nothing
-    here holds a lock while it waits, and an errand that was lost on its way is handed over again.
-
-    Args:
-        threads: CPU threads in all.
-        open_step: Opens the engine with so many threads within an operator.
-
-    Raises:
-        BackendError: The engine cannot be opened.
-    """
-
-    def __init__(self, threads: int, open_step: Callable[[int], Any]) -> None:
-        self._threads, self._open_step = threads, open_step
-        # Two calls bring a thread each and share the engine's other ones.
-        self.shared = open_step(max(threads - 1, 1))
-        self.parallel = threads > 1
-        self._errands: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
-        self._second: Errand | None = None
-        if self.parallel:
-            work = threading.Thread(
-                target=_second_lane, args=(self._errands, self.shared), name="reelrt-lane", daemon=True
-            )
-            work.start()
-            weakref.finalize(self, self._errands.put, None)
-
-    @cached_property
-    def whole(self) -> Any:
-        """The engine with all threads within an operator, for a pass that has no partner."""
-        return self._open_step(self._threads) if self.parallel else self.shared
-
-    def run(self, passes: Sequence[Any]) -> None:
-        """Run bound passes of `shared`, every other one on the second lane.
-
-        Raises:
-            BackendError: The engine failed.
-        """
-        self.wait()
-        if not self.parallel or len(passes) < 2:
-            _run(self.shared, passes)
-            return
-        self._second = Errand(passes[1::2])
-        try:
-            self._errands.put(self._second)
-            _run(self.shared, passes[::2])
-        finally:  # Ctrl-C, too, leaves no pass behind that still writes
-            self.wait()
-
-    def run_alone(self, passes: Sequence[Any]) -> None:
-        """Run bound passes of `whole` one after the other.
-
-        Raises:
-            BackendError: The engine failed.
-        """
-        self.wait()
-        _run(self.whole, passes)
-
-    def wait(self) -> None:
-        """Wait until no pass is running.
-
-        Raises:
-            BackendError: The engine failed on the second lane.
-        """
-        errand = self._second
-        while errand is not None and not errand.over:
-            errand.wait(PATIENCE)
-            if not errand.over:
-                self._errands.put(errand)
-        self._second = None
-        if errand is not None and errand.error is not None:
-            raise errand.error
-
-
-def _second_lane(errands: queue.SimpleQueue[Errand | None], engine: Any) -> None:
-    """Run errands until None comes."""
-    while (errand := errands.get()) is not None:
-        errand.run(engine)
-
-
-def _run(engine: Any, passes: Sequence[Any]) -> None:
-    try:
-        for binding in passes:
-            engine.run_with_iobinding(binding)
-    except Exception as error:
-        raise BackendError(f"ONNX Runtime failed in step: {error}") from error
 
 
 class OrtStep:
     """The step engine's buffers; see `reelrt.runtime.session.StepSession`.
 
     Args:
-        lanes: The engine, opened.
+        lanes: What runs passes.
+        step: The engine, opened; or, with a prefix, the rest of it.
+        prefix: Its first part, opened.
         engine: Its entry in the manifest: spec, profile and precision.
         cfg: How guidance is computed.
         latents: (C, F, h, w).
+
+    Raises:
+        BackendError: The prefix fails.
     """
 
-    def __init__(self, lanes: Lanes, engine: Engine, cfg: Cfg, latents: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        lanes: Lanes,
+        step: Part,
+        prefix: Part | None,
+        engine: Engine,
+        cfg: Cfg,
+        latents: tuple[int, ...],
+    ) -> None:
         _, frames, height, width = latents
         self.capacity = engine.profile["batch"].max
         self.table_rows = engine.profile["rows"].max
@@ -165,7 +56,8 @@ class OrtStep:
             name: np.zeros(tensor.shape(sizes), tensor.numpy_dtype(engine.precision))
             for name, tensor in engine.spec.inputs.items()
         }
-        self._lanes, self._pairs = lanes, lanes.parallel and cfg == "split"
+        self._lanes, self._parts = lanes, {"step": step, "prefix": prefix}
+        self._pairs = cfg == "split" and (lanes.parallel or prefix is not None)
         self._table, self._text = buffers["table"], buffers["text"]
         self._state = (buffers["state"], np.zeros_like(buffers["state"]))
         self._step = (buffers["step"], np.zeros_like(buffers["step"]))
@@ -174,28 +66,44 @@ class OrtStep:
         self._ready = np.zeros(self.capacity, np.bool_)
         self._ahead = np.zeros_like(buffers["state"]) if self._pairs else buffers["state"][:0]
         self._ahead_step = (np.zeros_like(buffers["step"]), np.zeros_like(buffers["step"]))
-        self._bindings: dict[tuple[str, int, int], Any] = {}
+        self._common = {} if prefix is None else self._measure(prefix.shared)
+        self._bindings: dict[tuple[str, str, int, int], Any] = {}
 
-    def _bind(self, kind: str, row: int) -> Any:
-        """A row's pass from the current side: `shared`, `whole` or, of the next row of its table, `ahead`."""
-        key = kind, row, self._side
+    def _measure(self, prefix: Any) -> dict[str, list[Array]]:
+        """Buffers for what a prefix computes, one per row, as large as a run of it says."""
+        row = {"state": self._state[0], "table": self._table, "step": self._step[0]}
+        names = [output.name for output in prefix.get_outputs()]
+        try:
+            outputs = prefix.run(names, {name: array[:1] for name, array in row.items()})
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed in step: {error}") from error
+        return {
+            name: [np.zeros_like(output) for _ in range(self.capacity)]
+            for name, output in zip(names, outputs, strict=True)
+        }
+
+    def _call(self, part: str, threads: str, row: int, ahead: bool = False) -> Call:
+        """A row's pass from the current side, or that of the next row of its table."""
+        engine = getattr(self._parts[part], threads)
+        key = part, threads + (" ahead" if ahead else ""), row, self._side
         if key not in self._bindings:
             one, here, there = slice(row, row + 1), self._side, 1 - self._side
-            ahead = kind == "ahead"
             arrays = {
-                "state": self._state[here],
-                "table": self._table,
-                "step": self._ahead_step[0] if ahead else self._step[here],
-                "text": self._text,
-                "state_next": self._ahead if ahead else self._state[there],
-                "step_next": self._ahead_step[1] if ahead else self._step[there],
+                "state": self._state[here][one],
+                "table": self._table[one],
+                "step": (self._ahead_step[0] if ahead else self._step[here])[one],
+                "text": self._text[one],
+                "state_next": (self._ahead if ahead else self._state[there])[one],
+                "step_next": (self._ahead_step[1] if ahead else self._step[there])[one],
+                **{name: rows[row] for name, rows in self._common.items()},
             }
-            binding = (self._lanes.whole if kind == "whole" else self._lanes.shared).io_binding()
-            for name, array in arrays.items():
-                bind = binding.bind_output if name.endswith("_next") else binding.bind_input
-                bind(name, *_address(array[one]))
+            binding = engine.io_binding()
+            for value in engine.get_inputs():
+                binding.bind_input(value.name, *_address(arrays[value.name]))
+            for value in engine.get_outputs():
+                binding.bind_output(value.name, *_address(arrays[value.name]))
             self._bindings[key] = binding
-        return self._bindings[key]
+        return engine, self._bindings[key]
 
     def write(self, row: int, table: Float32, text: Array, latents: Float32) -> None:
         """Put a request into a row, its history empty."""
@@ -220,22 +128,26 @@ class OrtStep:
 
     def launch(self, active: int) -> None:
         """Run the passes of the active rows that were not run ahead, then swap the sides."""
-        passes, lonely, started = [], [], []
+        passes, lonely, started, fresh = [], [], [], []
         for row in range(active):
             at = int(self._step[self._side][row])
             if self._ready[row]:
                 self._join(row, at)
-            elif self._first[row, at]:
+                continue
+            fresh.append(row)
+            if self._first[row, at]:
                 self._ahead_step[0][row] = at + 1
-                passes += [self._bind("shared", row), self._bind("ahead", row)]
+                passes += [self._call("step", "shared", row), self._call("step", "shared", row, ahead=True)]
                 started.append(row)
             elif self._first[row].any() or not self._lanes.parallel:
-                passes.append(self._bind("shared", row))
+                passes.append(self._call("step", "shared", row))
             else:
-                lonely.append(self._bind("whole", row))
+                lonely.append(self._call("step", "whole", row))
+        if self._parts["prefix"] is not None:
+            threads = "whole" if len(fresh) == 1 else "shared"
+            self._lanes.run([self._call("prefix", threads, row) for row in fresh])
         self._lanes.run(passes)
-        if lonely:
-            self._lanes.run_alone(lonely)
+        run(lonely)
         self._ready[:active] = False
         self._ready[started] = True
         self._side = 1 - self._side

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import helper, numpy_helper, parser
 
-from reelrt.bundle.manifest import SCHEDULES, TOKENIZER, Bundle, Model, Pipeline, Stage
+from reelrt.bundle.manifest import PREFIX, SCHEDULES, TOKENIZER, Bundle, Model, Pipeline, Stage
 from reelrt.bundle.schedule import Schedule, Schedules
 from reelrt.bundle.spec import Geometry, StageSpec, step_spec, text_encoder_spec, vae_decoder_spec
 
@@ -160,6 +161,22 @@ def tiny_bundle(folder: Path, seed: int = 0) -> Path:
     pipeline = Pipeline(model_entry, GEOMETRY, "split", "ddim", 7.5, start_token=0, end_token=1, pad_token=1)
     Bundle(folder, pipeline, stages).save("0.1.0")
     return folder
+
+
+def run_step(engines: Path, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Run the step engine of an ONNX Runtime engine set, in one part or two."""
+
+    def run(path: Path, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        taken = {value.name: feed[value.name] for value in session.get_inputs()}
+        return dict(
+            zip([value.name for value in session.get_outputs()], session.run(None, taken), strict=True)
+        )
+
+    engine = engines / "step.onnx"
+    prefix = engine.with_name(engine.name + PREFIX)
+    found = run(engine, {**inputs, **(run(prefix, inputs) if prefix.exists() else {})})
+    return [found["state_next"], found["step_next"]]
 
 
 def quantised(

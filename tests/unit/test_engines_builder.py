@@ -18,11 +18,11 @@ import pytest
 
 from reelrt.bundle.files import hash_folder
 from reelrt.bundle.manifest import Bundle, EngineSet
-from reelrt.engines import profiles, worker
+from reelrt.engines import backends, profiles, worker
 from reelrt.engines.builder import build_engines
 from reelrt.engines.recipe import Job, changes
 from reelrt.errors import BackendError, InputError, IntegrityError, RangeError
-from tests.graphs import GEOMETRY, tiny_bundle
+from tests.graphs import GEOMETRY, run_step, tiny_bundle
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def run(path: Path, inputs):
 
 
 def test_the_set_runs_and_agrees_with_the_bundle(bundle, built):
-    wanted, found = run(bundle / "step.onnx", feed()), run(built / "step.onnx", feed())
+    wanted, found = run(bundle / "step.onnx", feed()), run_step(built, feed())
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(found[1], wanted[1])
 
@@ -94,6 +94,14 @@ def test_the_manifest_says_what_was_built(bundle, built):
     assert (step["width"].max, step["height"].max, step["frames"].max) == (6, 4, 4)
     assert step["rows"].max == 200
     assert step["batch"].max == 4
+
+
+def test_what_building_needs_is_named_when_it_is_missing(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "installed", lambda module: module != "onnx_ir")
+    with pytest.raises(BackendError, match="building engines needs onnx-ir, not installed here") as caught:
+        build_engines(bundle, tmp_path / "engines", backend="onnxruntime")
+    assert "pip install onnx-ir" in caught.value.remedy
+    assert not (tmp_path / "engines").exists()
 
 
 def test_nothing_is_built_or_written_when_nothing_changed(bundle, engines):
