@@ -26,7 +26,7 @@ from reelrt.runtime.loop import Request, Slot, StepLoop
 from reelrt.runtime.memory import peak_memory
 from reelrt.runtime.noise import starting_noise
 from reelrt.runtime.request import Job, Limits, plan
-from reelrt.runtime.session import Array, Float32, Sessions, open_sessions
+from reelrt.runtime.session import Array, Float32, Sessions, open_sessions, run_each
 from reelrt.runtime.text import TextEncoder, Tokenizer
 from reelrt.runtime.video import FilePath, Video
 
@@ -222,9 +222,12 @@ class TextToVideo:
         """
         self._limits.starts(latents, 1)
         size = self._limits.decoder_frames
-        for begin in range(0, latents.shape[2], size):
-            part = np.ascontiguousarray(latents[:, :, begin : begin + size])
-            yield self._sessions.run("vae_decoder", {"latents": part})["frames"][0]
+        parts = (
+            np.ascontiguousarray(latents[:, :, begin : begin + size])
+            for begin in range(0, latents.shape[2], size)
+        )
+        for outputs in run_each(self._sessions, "vae_decoder", ({"latents": part} for part in parts)):
+            yield outputs["frames"][0]
 
     def _run(self, jobs: Sequence[Job], progress: Progress, should_cancel: Callable[[], bool]) -> list[Video]:
         def checked(stage: str, done: int, total: int) -> None:

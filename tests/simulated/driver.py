@@ -152,7 +152,7 @@ class SimulatedDriver:
             ordered = stream == work.stream or work.clock.get(stream, 0) >= tick
             if (write or wrote) and not (apart or ordered):
                 self.violate(f"{what} and {before} of another stream use the same memory in no order")
-        touched[*span, write, work.stream] = work.clock[work.stream], what
+        touched[(*span, write, work.stream)] = work.clock[work.stream], what
 
     def enqueue(
         self, stream: int, name: str, run: Callable[[], None], under_way: list[int] | None = None
