@@ -25,6 +25,7 @@ import numpy.typing as npt
 from reelrt.bundle.manifest import EngineSet
 from reelrt.errors import BackendError, CompatibilityError, InputError
 from reelrt.jetson.device import detect
+from reelrt.runtime.ranges import span
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -127,11 +128,14 @@ def run_each(
     """
     if not (isinstance(sessions, GpuSessions) and sessions.overlaps):
         for each in inputs:
-            yield sessions.run(stage, each)
+            with span(stage):
+                outputs = sessions.run(stage, each)
+            yield outputs
         return
     ahead: deque[Result] = deque()
     for each in inputs:
-        ahead.append(sessions.submit(stage, each))
+        with span(stage):
+            ahead.append(sessions.submit(stage, each))
         if len(ahead) == AHEAD:
             yield ahead.popleft()()
     while ahead:
