@@ -3,13 +3,13 @@
 These protocols are all that the loop and the pipeline know of a backend. Which library and which
 memory stand behind them is the backend's business.
 
-Threads. A step session, and the loop over it, belong to one thread at a time. Everything of `Sessions`
-may be called from any thread at any time, also while another thread launches steps: several step
-sessions may be open, and `run` may be called by several threads at once. Results do not depend on that.
+Threads. Several step sessions may be open; they and the loops over them belong to one thread at a time,
+all of them together. `Sessions.run` may be called from any thread at any time, also while that one
+launches steps, and by several threads at once. Results do not depend on that.
 ONNX Runtime runs such calls side by side on the CPU. On a GPU they run on a stream of their own beside
 the step's where the memory plan has room for that (`GpuSessions.overlaps`), else between two launches.
-When one thread's call runs out of the GPU's memory, everything is freed: the others' step sessions then
-answer with a BackendError until their requests are written again.
+When a call runs out of the GPU's memory, everything is freed: step sessions answer with a BackendError
+then until their requests are written again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Float32 = npt.NDArray[np.float32]
 class StepSession(Protocol):
     """The step engine with buffers for one latent shape, one row of the batch per slot.
 
-    It belongs to one thread at a time.
+    It belongs to one thread at a time; see above.
 
     Every buffer is allocated once, for `capacity` rows. The state and its counter exist twice:
     a launch reads one side and writes the other, then the sides change roles. Tables, prompts and
@@ -69,7 +69,7 @@ class StepSession(Protocol):
 
 
 class Sessions(Protocol):
-    """An opened engine set; any thread may use it, see above."""
+    """An opened engine set. Any thread may `run` stages; see above."""
 
     def run(self, stage: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a stage other than the step once.
