@@ -60,8 +60,8 @@ def load(
         check: Whether to verify the SHA-256 of every file first.
         stream: On a GPU, the CUDA stream to run on, of pycuda, CuPy, torch or any other library;
             it must outlive the pipeline. None makes one.
-        residency: On a GPU, `all` engines in its memory, or `staged`, one at a time. None takes
-            what fits.
+        residency: On a GPU, `all` engines in its memory, `staged`, one at a time, or `streamed`, with
+            what does not fit of the step's weights left to the host. None takes the first that fits.
 
     Raises:
         InputError: An impossible number of threads, stream or residency.

@@ -169,8 +169,8 @@ def open_sessions(
         threads: CPU threads per engine; None leaves it to the backend.
         stream: A CUDA stream of the caller's that a GPU backend shall use; see
             `reelrt.runtime.cuda.stream_handle`.
-        residency: `all` engines in the GPU's memory, or `staged`, one at a time; None takes what
-            fits.
+        residency: `all` engines in the GPU's memory, `staged`, one at a time, or `streamed`, with what
+            does not fit of the step's weights left to the host; None takes the first that fits.
 
     Raises:
         BackendError: This version has no session for that backend, or the backend is not

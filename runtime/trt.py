@@ -35,6 +35,8 @@ log = logging.getLogger("reelrt")
 
 CALLS_KEPT = 2
 """Sizes of a stage whose buffers are kept: a decoder's full chunk and the last, smaller one."""
+STREAMED = "weights are streamed"
+"""Why a streamed step is not captured: the library copies weights by itself meanwhile."""
 TOLERATED, SLACK_BYTES = 1.1, 32 * 2**20
 """How far the memory in use may be above the plan before a warning says so."""
 
@@ -53,7 +55,7 @@ def open_sessions(
         threads: Not used: the GPU does the work.
         stream: A caller's CUDA stream, of any library, that everything shall run on, in order; it
             must outlive the sessions. None makes one, and others beside it where the memory suffices.
-        residency: `all` engines loaded, or `staged`, one at a time; None takes what fits.
+        residency: One of `reelrt.runtime.residency.RESIDENCIES`; None takes the first that fits.
 
     Raises:
         BackendError: The library or the driver is missing, too old, or refuses an engine.
@@ -136,6 +138,11 @@ class TrtSessions:
             beside = Stream(device)
             self._lane = Lane(beside, Stream(device), Scratch(device, beside))
         self._told = False
+        if plan.streams:
+            log.warning(
+                "%s of the step's weights are streamed while it runs, and it runs without CUDA graphs",
+                mib(plan.streams),
+            )
         if plan.residency == "all":
             with self._guarded():
                 for name in engines.engines:
@@ -191,6 +198,7 @@ class TrtSessions:
             self._turn,
             self._guarded,
             self.finished,
+            STREAMED if self._plan.streams else "",
         )
         step = TrtStep(gpu, self._engines.engines["step"], latents)
         with self._turn:
@@ -217,15 +225,21 @@ class TrtSessions:
             self.release()
 
     def _open(self, stage: str) -> OpenedEngine:
-        """An engine, loaded; with `staged`, the only one."""
+        """An engine, loaded; with `staged` and `streamed`, the only one."""
         if stage not in self._opened:
-            if self._plan.residency == "staged":
+            if self._plan.residency != "all":
                 for other in list(self._opened):
                     self._close(other)
             before, _ = self.device.memory()
             path = self._engines.folder / self._engines.engines[stage].file
             with self.device.current():
                 self._opened[stage] = self._library.open(path)
+                if stage == "step" and self._plan.residency == "streamed":
+                    try:
+                        self._opened[stage].stream_weights(self._plan.budget)
+                    except BaseException:
+                        self._close(stage)
+                        raise
             self._taken[stage] = max(before - self.device.memory()[0], 0)
         return self._opened[stage]
 
@@ -280,18 +294,23 @@ class _Started:
 
     def __init__(self, sessions: TrtSessions, call: _Call) -> None:
         self._sessions, self.call = sessions, call
-        call.busy = True
+        self._waiting = call.busy = True
 
     def __call__(self) -> dict[str, Array]:
         with self._sessions.recovering():
             outputs = self.call.outputs()
-        self.call.busy = False
+        self._let_go()
         self._sessions.finished()
         return outputs
 
+    def _let_go(self) -> None:
+        """Let others have the buffers; once, for they may have them already when this is collected."""
+        if self._waiting:
+            self._waiting = self.call.busy = False
+
     def __del__(self) -> None:
         """Nobody asks any more; whoever uses the buffers next waits until the GPU is done with them."""
-        self.call.busy = False
+        self._let_go()
 
 
 class _Call:

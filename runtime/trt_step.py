@@ -46,6 +46,7 @@ class Gpu:
         guarded: Around work that allocates or is put on the stream: takes the turn, and frees everything
             when memory is used up.
         finished: Told when results were read.
+        graphs_off: Why nothing may be captured, or "".
     """
 
     device: Device
@@ -55,6 +56,7 @@ class Gpu:
     turn: threading.RLock
     guarded: Callable[[], AbstractContextManager[None]]
     finished: Callable[[], None]
+    graphs_off: str = ""
 
 
 class _Memory:
@@ -139,7 +141,7 @@ class TrtStep:
         self._executions: dict[tuple[int, int], Execution] = {}
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._captured = -1
-        self.graphs_off = ""
+        self.graphs_off = gpu.graphs_off
         self._memory: _Memory | None = None
         with gpu.guarded():
             self._allocated()

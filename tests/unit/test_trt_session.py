@@ -307,6 +307,67 @@ def test_staged_holds_one_engine_at_a_time(machine, source, tmp_path):
     assert list(pipe._sessions._opened) == ["vae_decoder"]
 
 
+WEIGHTS = 1 << 20
+
+
+@pytest.fixture
+def streamable(any_machine, source, tmp_path):
+    """A step whose weights can stay with the host; all of the engines need more than there is."""
+    engines = any_machine.engines(source, tmp_path / "engines", streamable=WEIGHTS)
+    staged = plan_memory(engines, "staged")
+    any_machine.driver.total = any_machine.driver.used + staged.total - WEIGHTS // 2
+    return engines
+
+
+def test_weights_are_streamed_where_nothing_else_fits(streamable, any_machine, cpu, caplog):
+    pipe = reelrt.load(streamable.folder)
+    plan = pipe._sessions.memory().plan
+    assert plan.residency == "streamed"
+    assert 0 < plan.budget < WEIGHTS and plan.streams == WEIGHTS - plan.budget
+    assert "of the step's weights streamed" in str(plan)
+    assert [r.levelname for r in caplog.records if "without CUDA graphs" in r.message] == ["WARNING"]
+    for options in ({"steps": 4, "solver": "two"}, {"steps": 2, "frames": 3, "size": (32, 64)}):
+        same(pipe.generate(PROMPTS, seed=3, **options), cpu.generate(PROMPTS, seed=3, **options))
+    assert any_machine.driver.calls["cuGraphLaunch"] == any_machine.driver.calls["cuStreamBeginCapture"] == 0
+    assert list(pipe._sessions._opened) == ["vae_decoder"]  # one at a time
+    assert pipe._sessions.memory().peak <= plan.total <= any_machine.driver.total
+    (session,) = pipe._sessions._steps
+    assert session.graphs_off == "weights are streamed"
+    del pipe, session
+    gc.collect()
+    assert any_machine.driver.leaks() == {}
+
+
+def test_what_fits_is_not_streamed(machine, source, cpu, tmp_path):
+    engines = machine.engines(source, tmp_path / "engines", streamable=WEIGHTS)
+    assert reelrt.load(engines.folder)._sessions.memory().plan.residency == "all"
+    pipe = reelrt.load(engines.folder, residency="streamed")
+    assert pipe._sessions.memory().plan.streams == 0
+    same([pipe.generate("red", steps=3, seed=1)], [cpu.generate("red", steps=3, seed=1)])
+    assert machine.driver.calls["cuGraphLaunch"] > 0  # nothing is streamed, so it is captured
+
+
+def test_streaming_is_refused_with_the_reason(machine, source, tmp_path, monkeypatch):
+    plain = machine.engines(source, tmp_path / "plain")
+    with pytest.raises(InputError, match="was not built for weight streaming.*--weight-streaming"):
+        reelrt.load(plain.folder, residency="streamed")
+    engines = machine.engines(source, tmp_path / "engines", streamable=WEIGHTS)
+    pipe = reelrt.load(engines.folder, residency="streamed")
+    monkeypatch.setattr(machine.module.ICudaEngine, "streamable_weights_size", 0)
+    with pytest.raises(
+        BackendError, match=r"cannot stream the weights of .*step\.engine.*--weight-streaming"
+    ):
+        pipe.generate("red", steps=1)
+    pipe._sessions._library.features = frozenset({"runtime_config"})
+    with pytest.raises(BackendError, match="this version of TensorRT-RTX streams no weights.*'staged'"):
+        pipe.generate("red", steps=1)
+    machine.driver.total = 1000
+    with pytest.raises(DeviceMemoryError, match=r"needs .*weights streamed\) and .* are free"):
+        reelrt.load(engines.folder)
+    with pytest.raises(DeviceMemoryError, match="--weight-streaming or"):
+        reelrt.load(plain.folder)
+
+
 def test_memory_is_what_was_planned(machine, source, tmp_path):
     engines = machine.engines(source, tmp_path / "engines")
     for residency in ("all", "staged"):
