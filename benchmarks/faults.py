@@ -4,7 +4,8 @@
 
 No GPU takes part, so this says nothing about speed. Videos are asked for until 10,000 calls have failed,
 in turn with every library the simulation knows: allocations, copies, launches, captures and waits; and
-some are cancelled or stopped by Ctrl-C. Each one that comes out is compared with ONNX Runtime's to the bit.
+some are cancelled or stopped by Ctrl-C. Most are encoded while they are decoded, and in three of ten another
+thread runs stages meanwhile. Whatever comes out, files included, is compared with ONNX Runtime's to the bit.
 The last line on stdout is JSON; a full run also writes it to `benchmarks/results/faults.json`. Exit
 code 1 when there was a leak, a wrong video or damage.
 """

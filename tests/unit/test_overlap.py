@@ -190,6 +190,12 @@ def test_buffers_are_not_used_again_before_their_result_was_taken(machine, folde
         assert np.array_equal(result()["frames"], theirs)
     (calls,) = sessions._calls.values()
     assert len(calls) == 4
+    older = results.pop()
+    newer = sessions.submit("vae_decoder", inputs[0])
+    taken = newer.call
+    del older, results, result  # they had the same buffers before
+    assert taken.busy
+    newer()
     sessions.submit("vae_decoder", inputs[0])  # nobody asks
     gc.collect()
     assert not any(call.busy for call in calls)
