@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
+from itertools import repeat
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,6 +26,7 @@ import numpy.typing as npt
 from reelrt.bundle.manifest import EngineSet
 from reelrt.errors import BackendError, CompatibilityError, InputError
 from reelrt.jetson.device import detect
+from reelrt.runtime.device_array import DeviceArray
 from reelrt.runtime.ranges import span
 
 Array = npt.NDArray[Any]
@@ -44,14 +46,14 @@ class StepSession(Protocol):
     capacity: int
     table_rows: int
 
-    def write(self, row: int, table: Float32, text: Array, latents: Float32) -> None:
+    def write(self, row: int, table: Float32, text: Array, latents: Any) -> None:
         """Put a request into a row of the batch, at the first row of its table.
 
         Args:
             row: 0 to capacity - 1.
             table: float32 [S, K], S at most `table_rows`; copied.
             text: Prompt embeddings [2, L, D], unconditional first; copied.
-            latents: Starting latents, float32 [C, F, h, w]; copied.
+            latents: Starting latents, float32 [C, F, h, w]; copied. On a GPU also any array there.
         """
 
     def move(self, source: int, target: int) -> None:
@@ -66,6 +68,13 @@ class StepSession(Protocol):
 
     def read(self, row: int) -> Float32:
         """The latents in a row, float32 [C, F, h, w]; a copy. Waits for launches to finish."""
+
+
+class GpuStepSession(StepSession, Protocol):
+    """A step session on a GPU."""
+
+    def view(self, row: int) -> DeviceArray:
+        """The latents in a row where they lie, valid until the next launch, write or move."""
 
 
 class Sessions(Protocol):
@@ -101,20 +110,46 @@ class GpuSessions(Sessions, Protocol):
     def overlaps(self) -> bool:
         """Whether other stages run beside the step, and one is copied to the host while the next one runs."""
 
-    def submit(self, stage: str, inputs: Mapping[str, Array]) -> Result:
+    def submit(
+        self, stage: str, inputs: Mapping[str, Array], into: Mapping[str, DeviceArray] | None = None
+    ) -> Result:
         """Start what `run` does, and return before it is done.
 
         Args:
             stage: `text_encoder` or `vae_decoder`.
             inputs: As for `run`; they may be changed right after.
+            into: Output name to where it shall be copied to as well, on the GPU.
 
         Raises:
             BackendError: The engine failed; it may also say so only when it is asked for the result.
         """
 
+    def receive(self, array: object) -> DeviceArray:
+        """View another library's array.
+
+        Raises:
+            InputError: It does not lie in device memory, or not in one piece.
+        """
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
+        """Device memory of the caller's, not initialised.
+
+        Raises:
+            DeviceMemoryError: There is not so much left.
+        """
+
+    def copy(self, source: DeviceArray) -> DeviceArray:
+        """A copy in device memory of the caller's, when it is done."""
+
+    def fetch(self, source: DeviceArray) -> Array:
+        """A copy in the host's memory, when it is done."""
+
 
 def run_each(
-    sessions: Sessions, stage: str, inputs: Iterable[Mapping[str, Array]]
+    sessions: Sessions,
+    stage: str,
+    inputs: Iterable[Mapping[str, Array]],
+    into: Iterable[Mapping[str, DeviceArray]] | None = None,
 ) -> Iterator[dict[str, Array]]:
     """Run a stage on one after the other; where a GPU overlaps, the next one runs while this one is used.
 
@@ -122,21 +157,23 @@ def run_each(
         sessions: The opened engine set.
         stage: `text_encoder` or `vae_decoder`.
         inputs: Of each run.
+        into: Of each run, where outputs shall be copied to as well, on a GPU.
 
     Yields:
         The outputs of each, in order.
     """
-    if not (isinstance(sessions, GpuSessions) and sessions.overlaps):
+    if not isinstance(sessions, GpuSessions):
         for each in inputs:
             with span(stage):
                 outputs = sessions.run(stage, each)
             yield outputs
         return
     ahead: deque[Result] = deque()
-    for each in inputs:
+    nowhere: Iterable[Mapping[str, DeviceArray]] = repeat({})
+    for each, targets in zip(inputs, into or nowhere, strict=False):
         with span(stage):
-            ahead.append(sessions.submit(stage, each))
-        if len(ahead) == AHEAD:
+            ahead.append(sessions.submit(stage, each, targets))
+        if len(ahead) == (AHEAD if sessions.overlaps else 1):
             yield ahead.popleft()()
     while ahead:
         yield ahead.popleft()()

@@ -17,14 +17,17 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
+import numpy.typing as npt
 
 from reelrt.bundle.manifest import Engine, EngineSet
 from reelrt.errors import DeviceMemoryError
 from reelrt.runtime.cuda import Buffer, Device, Event, Stream, mib, stream_handle
+from reelrt.runtime.device_array import DeviceArray, as_device_array
 from reelrt.runtime.execution import Execution, Scratch
 from reelrt.runtime.residency import MemoryPlan, choose_memory
 from reelrt.runtime.session import Array, Result
@@ -157,7 +160,9 @@ class TrtSessions:
         """Run a stage once on arrays of any size within its profile."""
         return self.submit(stage, inputs)()
 
-    def submit(self, stage: str, inputs: Mapping[str, Array]) -> Result:
+    def submit(
+        self, stage: str, inputs: Mapping[str, Array], into: Mapping[str, DeviceArray] | None = None
+    ) -> Result:
         """Start a stage; its buffers are used again when the result was asked for, or dropped."""
         engine = self._engines.engines[stage]
         sizes = {
@@ -168,8 +173,45 @@ class TrtSessions:
         }
         with self._guarded():
             started = _Started(self, self._free_call(stage, sizes))
-            started.call.start(inputs)
+            started.call.start(inputs, into or {})
         return started
+
+    def receive(self, array: object) -> DeviceArray:
+        """View another library's array."""
+        with self.device.current():
+            return as_device_array(array, self.stream.handle)
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
+        """Device memory of the caller's, not initialised."""
+        kind = np.dtype(dtype)
+        with self._guarded():
+            buffer = self.device.allocate(prod(shape) * kind.itemsize)
+        return DeviceArray(buffer.pointer, shape, kind, buffer)
+
+    def copy(self, source: DeviceArray) -> DeviceArray:
+        """A copy in device memory of the caller's, when it is done."""
+        target = self.empty(source.shape, source.dtype)
+        with self._guarded(), self.device.current():
+            self._after(source)
+            self.stream.copy(target.pointer, source.pointer, source.size)
+            self.stream.wait()
+        return target
+
+    def fetch(self, source: DeviceArray) -> Array:
+        """A copy in the host's memory, when it is done."""
+        with self._guarded(), self.device.current():
+            host = self.device.pin(source.size).array(source.shape, source.dtype)
+            self._after(source)
+            self.stream.download(host.ctypes.data, source.pointer, source.size)
+            self.stream.wait()
+        return host.copy()
+
+    def _after(self, source: DeviceArray) -> None:
+        """Let our stream wait for the one whose work an array is the result of."""
+        if source.stream and source.stream != self.stream.handle:
+            event = Event(self.device)
+            Stream(self.device, source.stream).record(event)
+            self.stream.follow(event)
 
     def _free_call(self, stage: str, sizes: Mapping[str, int]) -> _Call:
         """Buffers for a size that nobody waits for; the sizes used last are kept."""
@@ -351,7 +393,7 @@ class _Call:
             owned.callback(self._execution.close)
             self._owned = owned.pop_all()
 
-    def start(self, inputs: Mapping[str, Array]) -> None:
+    def start(self, inputs: Mapping[str, Array], into: Mapping[str, DeviceArray]) -> None:
         """Copy the inputs, run, and copy the outputs to the host; returns before any of it is done."""
         stream, copies = self._lane.stream, self._lane.copies
         with self._device.current():
@@ -364,6 +406,8 @@ class _Call:
                 host[...] = inputs[name]
                 stream.upload(self._buffers[name].pointer, host.ctypes.data, host.nbytes)
             self._execution.enqueue(stream)
+            for name, target in into.items():
+                stream.copy(target.pointer, self._buffers[name].pointer, target.size)
             if copies is not stream:
                 stream.record(self._ran)
                 copies.follow(self._ran)

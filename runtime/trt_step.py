@@ -190,6 +190,8 @@ class TrtStep:
                 host["latents"][...] = latents
                 upload(state, host["latents"].ctypes.data, memory.latent_bytes)
             stream.record(memory.uploaded[row])
+            if is_on_device(latents):  # they are the caller's again when this returns
+                memory.uploaded[row].wait()
             memory.unsettled.discard(row)
             for each in (0, 1):  # contexts are made now, so that a launch makes none
                 self._execution(row + 1, each).prepare()
