@@ -33,6 +33,8 @@ FAULTS = {
 }
 """What may fail, and how; `TensorRT` is an allocation of the library's own."""
 PROMPTS = ["red circle", "blue", "square", "red square", "circle"]
+PAUSE = 0.005
+"""Seconds between two turns of the other thread, so that it leaves time to the first one."""
 SIZES: list[dict[str, Any]] = [{}, {"frames": 3, "size": (32, 64)}, {"frames": 8, "size": (64, 32)}]
 
 
@@ -94,7 +96,7 @@ class Beside:
             self._tally.leaks.append(f"round {self._tally.rounds}: the other thread hangs")
 
     def _work(self) -> None:
-        while not self._over.is_set():
+        while not self._over.wait(PAUSE):
             for each in self._feeds:
                 self._run(*each)
 
@@ -155,11 +157,11 @@ def run(
         options: dict[str, Any] = {"steps": steps, "seed": 1, "solver": "two", **SIZES[size]}
         if request not in wanted:
             wanted[request] = cpu.generate(list(request[0]), **options)
-        saved = folder.with_name("saved") / "a.png" if rng.random() < 0.7 else None
+        saved = folder.with_name("saved") / "a.png" if rng.random() < 0.5 else None
         names = [saved.with_stem(f"a{index}") for index in range(count)] if saved else None
         beside = Beside(pipe, cpu, tally) if rng.random() < 0.3 else nullcontext()
         stop = Stop(int(rng.integers(1, 60)) if rng.random() < 0.3 else 0, rng.random() < 0.5)
-        chance, driver.faults = float(rng.choice([0, 0.003, 0.03, 0.1])), fault
+        chance, driver.faults = float(rng.choice([0, 0.003, 0.03, 0.1, 0.2])), fault
         try:
             with beside:
                 videos = pipe.generate(

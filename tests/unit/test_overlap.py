@@ -271,6 +271,21 @@ def test_out_of_memory_in_one_thread_tells_the_other(machine, folder, cpu):
     assert again.frames.tobytes() == wanted.frames.tobytes()
 
 
+def test_what_was_freed_does_not_come_back_with_the_next_request(machine, folder):
+    """Memory was freed between two requests; the second one's does not make the first one whole again."""
+    pipe = reelrt.load(folder)
+    session = pipe._sessions.open_step(SHAPE)
+    loop = StepLoop(session)
+    first = loop.admit(request_of(pipe, 1))
+    loop.step()
+    pipe._sessions.release()
+    second = loop.admit(request_of(pipe, 2))
+    for use in (loop.step, lambda: loop.latents(first), lambda: session.move(0, 2), lambda: loop.view(first)):
+        with pytest.raises(BackendError, match="write its requests again"):
+            use()
+    assert np.array_equal(loop.latents(second), request_of(pipe, 2).latents)
+
+
 @pytest.mark.parametrize("kind", ["onnxruntime", "beside"])
 def test_the_next_requests_prompt_is_encoded_while_this_one_denoises(kind, machine, source, folder, cpu):
     pipe = load(kind, machine, source, folder)
