@@ -145,7 +145,7 @@ def open_rivals(model: Path, folder: Path, threads: int) -> Rivals:
     clock = Clock()
 
     def open_timed(path: Path, count: int, spin: bool = True) -> Timed:
-        return Timed(open_engine(path, count, spin), clock)
+        return Timed(open_engine(path, count, spin=spin), clock)
 
     pipe = TextToVideo(engines, OrtSessions(engines, threads, open_timed))
     torch.set_num_threads(threads)

@@ -233,6 +233,7 @@ def _codecs() -> Check:
 
 def _abilities(device: Device, found: Iterable[Check]) -> list[Check]:
     """What can be done with all that."""
+    found = [*found]
     there = {check.name for check in found if check.status == "ok"}
     graphs = all(installed(module) for module in GRAPH_PACKAGES)
     onnx = graphs and "polygraphy" in there
@@ -246,6 +247,8 @@ def _abilities(device: Device, found: Iterable[Check]) -> list[Check]:
     runs = ["onnxruntime engines"] if "onnxruntime" in there else []
     if device.gpu is not None and {"GPU", "cuda-bindings"} <= there:
         runs += [f"{name} engines for {gpu}" for name in ("tensorrt_rtx", "tensorrt") if name in there]
+    if device.gpu is not None and any("CUDAExecutionProvider" in check.detail for check in found):
+        runs.append("bundles by ONNX Runtime's CUDA provider")
     packages = " ".join(["onnxruntime", *GRAPH_PACKAGES.values()])
     lacking = [name for name in EXPORT_MODULES if name not in there]
     export = f"without {', '.join(lacking)}" if lacking else "diffusers folders to bundles"

@@ -32,6 +32,7 @@ class Job:
         keep_fp32: Layers that stay FP32 when the graph is converted.
         cfg: How guidance is computed.
         inspect: Whether the GPU of this machine can open the engine, to be asked what is in it.
+        weight_streaming: Whether its weights may stay with the host, and come while it runs.
     """
 
     backend: str
@@ -45,6 +46,7 @@ class Job:
     keep_fp32: tuple[str, ...] = ()
     cfg: Cfg = "split"
     inspect: bool = False
+    weight_streaming: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A plain structure that `from_json` reads back."""

@@ -122,6 +122,13 @@ def build(
             help="Refuse an INT8 bundle without a quality report that it passes.",
         ),
     ] = True,
+    weight_streaming: Annotated[
+        bool,
+        typer.Option(
+            "--weight-streaming",
+            help="Let the step's weights stay in the host's memory, for a card that is too small for them.",
+        ),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -142,6 +149,7 @@ def build(
             batch=batch,
             check_memory=memory_check,
             quality_gate=quality_gate,
+            weight_streaming=weight_streaming,
             progress=progress,
         )
     up_to_date = _manifest_time(output) == before
@@ -201,13 +209,14 @@ def generate(
             frames=frames,
             size=parse_size(size),
             solver=solver,
+            save_to=paths,
+            fps=fps,
             progress=progress,
         )
     for stage in videos[0].timings:
-        seconds[stage] = max(video.timings[stage] for video in videos)
-    began = time.monotonic()
-    written = [str(video.save(path, fps=fps)) for path, video in zip(paths, videos, strict=True)]
-    seconds["encode"] = time.monotonic() - began
+        together = sum if stage == "encode" else max
+        seconds[stage] = together(video.timings[stage] for video in videos)
+    written = [str(video.path) for video in videos]
     result = {"seconds": seconds, "peak_memory_bytes": videos[-1].peak_memory}
     if as_json:
         made = [{"path": path, **video.metadata} for path, video in zip(written, videos, strict=True)]

@@ -207,6 +207,25 @@ def test_fp32_cannot_be_made_of_fp16(bundle, tmp_path):
         build_engines(half, tmp_path / "engines", precision="fp32")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "onnxruntime"}, "ONNX Runtime on a CPU streams no weights"),
+        ({"backend": "tensorrt", "target": "orin-nano"}, "on orin-nano CPU and GPU share one memory"),
+    ],
+)
+def test_streaming_weights_is_refused_where_it_gains_nothing(bundle, tmp_path, monkeypatch, options, message):
+    from reelrt.jetson.targets import find
+
+    def choose(backend, target, device):
+        return backends.BACKENDS[backend], find(target) if target != "host" else backends.host_cpu(device)
+
+    monkeypatch.setattr("reelrt.engines.backends.choose", choose)
+    with pytest.raises(InputError, match=message):
+        build_engines(bundle, tmp_path / "engines", weight_streaming=True, **options)
+    assert not (tmp_path / "engines").exists()
+
+
 def test_an_unknown_precision_is_refused(bundle, tmp_path):
     with pytest.raises(InputError, match="'int4' is not known.*fp32, fp16"):
         build_engines(bundle, tmp_path / "engines", precision="int4")
