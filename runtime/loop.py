@@ -24,7 +24,7 @@ class Request:
         table: Schedule rows, float32 [S, K]; S launches finish the request.
         text: Prompt embeddings [2, L, D], unconditional first, in the engine's dtype.
         latents: Starting latents at the schedule's scale, float32 [C, F, h, w]; on a GPU also an array
-            there.
+            there. Or the state [R, C, F, h, w] of a request that had come to the table's first row.
     """
 
     table: Float32
@@ -105,6 +105,10 @@ class StepLoop:
     def view(self, slot: Slot) -> DeviceArray:
         """A slot's current latents where they lie on the GPU, until the next launch; only there."""
         return cast("GpuStepSession", self._session).view(slot.row)
+
+    def state(self, slot: Slot) -> Float32:
+        """A copy of all that a request needs to go on from here, float32 [R, C, F, h, w]."""
+        return self._session.read_state(slot.row)
 
     def release(self, slot: Slot) -> None:
         """Take a slot out of the batch, finished or not; the last one moves into its row.

@@ -110,6 +110,21 @@ class TextToVideo:
         """The solvers `generate` takes, in no order of merit."""
         return self._limits.schedules.solvers
 
+    @property
+    def limits(self) -> Limits:
+        """What the engines accept, and the schedules."""
+        return self._limits
+
+    @property
+    def sessions(self) -> Sessions:
+        """The opened engines. Stages but the step may run beside a step loop of theirs."""
+        return self._sessions
+
+    @property
+    def text(self) -> TextEncoder:
+        """Prompts to embeddings; for one thread at a time."""
+        return self._text
+
     @overload
     def generate(
         self,
@@ -295,7 +310,7 @@ class TextToVideo:
         videos: list[Video] = []
         total = sum(job.shape[1] for job in jobs)
         for job, cut, path, (latents, denoise_seconds, kept) in zip(jobs, cuts, paths, denoised, strict=True):
-            metadata, parts, frames = self._metadata(job, cut), list[Frames](), job.shape[1]
+            metadata, parts, frames = self.metadata(job, cut), list[Frames](), job.shape[1]
             timings = {"text": text_seconds, "denoise": denoise_seconds}
             began = time.perf_counter()
             if "latents" in kept:
@@ -319,11 +334,9 @@ class TextToVideo:
         began, requests, cuts = time.perf_counter(), [], []
         for done, job in enumerate(jobs):
             progress("text", done, len(jobs))
-            (negative, negative_cut), (positive, cut) = map(self._text, (job.negative_prompt, job.prompt))
-            requests.append(Request(job.table, np.stack([negative, positive]), job.latents))
-            cuts.append({"cut": cut} if cut else {})
-            if negative_cut:
-                cuts[-1]["negative_cut"] = negative_cut
+            request, cut = self.encode(job)
+            requests.append(request)
+            cuts.append(cut)
         progress("text", len(jobs), len(jobs))
         return requests, time.perf_counter() - began, cuts
 
@@ -332,6 +345,17 @@ class TextToVideo:
         assert isinstance(self._sessions, GpuSessions)
         shape = metadata["frames"], metadata["height"], metadata["width"], 3
         return self._sessions.empty(shape, np.uint8)
+
+    def encode(self, job: Job) -> tuple[Request, dict[str, str]]:
+        """What the loop needs of a job, and which words did not fit: `cut`, `negative_cut` or neither.
+
+        Raises:
+            BackendError: The text encoder failed.
+        """
+        (negative, negative_cut), (positive, cut) = map(self._text, (job.negative_prompt, job.prompt))
+        cuts = {"cut": cut, "negative_cut": negative_cut}
+        request = Request(job.table, np.stack([negative, positive]), job.latents)
+        return request, {name: words for name, words in cuts.items() if words}
 
     def _denoise(self, requests: Sequence[Request], progress: Progress, on_device: bool) -> list[Denoised]:
         """What became of the requests, in their order."""
@@ -351,7 +375,7 @@ class TextToVideo:
                     done += len(running)
                     for slot in [slot for slot in running if slot.finished]:
                         index, began = running.pop(slot)
-                        latents = _finite(loop.latents(slot))
+                        latents = check_finite(loop.latents(slot))
                         kept = {"latents": self._kept(loop, slot)} if on_device else {}
                         results[index] = latents, time.perf_counter() - began, kept
                         loop.release(slot)
@@ -374,7 +398,8 @@ class TextToVideo:
             self._loop = shape, StepLoop(self._sessions.open_step((channels, frames, height, width)))
         return self._loop[1]
 
-    def _metadata(self, job: Job, cut: dict[str, str]) -> dict[str, Any]:
+    def metadata(self, job: Job, cut: dict[str, str]) -> dict[str, Any]:
+        """How a job's video was made; see `Video.metadata`."""
         model = self.engines.pipeline.model
         _, frames, height, width = job.shape
         scale = self.engines.pipeline.geometry.spatial_scale
@@ -435,7 +460,12 @@ def _nowhere() -> Iterator[Callable[[Frames], None]]:
     yield lambda _part: None
 
 
-def _finite(latents: Array) -> Float32:
+def check_finite(latents: Array) -> Float32:
+    """Final latents as they are.
+
+    Raises:
+        BackendError: They hold numbers that are not finite.
+    """
     if not np.isfinite(latents).all():
         raise BackendError(
             "the step engine produced numbers that are not finite.",

@@ -76,6 +76,10 @@ class TextEncoder:
 
     Every prompt is encoded alone, so that its embedding never depends on its company.
 
+    Attributes:
+        hits: Prompts that were there already.
+        misses: Prompts that were encoded.
+
     Args:
         tokenizer: Prompts to ids.
         sessions: Where `text_encoder` runs.
@@ -85,6 +89,7 @@ class TextEncoder:
         self._tokenizer, self._sessions = tokenizer, sessions
         self._looking = threading.Lock()
         self._cache: OrderedDict[str, tuple[Array, str]] = OrderedDict()
+        self.hits = self.misses = 0
 
     def __call__(self, prompt: str) -> tuple[Array, str]:
         """Encode one prompt.
@@ -95,6 +100,8 @@ class TextEncoder:
         """
         with self._looking:
             found = self._cache.get(prompt)
+            self.hits += found is not None
+            self.misses += found is None
             if found is not None:
                 self._cache.move_to_end(prompt)
                 return found
