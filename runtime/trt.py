@@ -3,7 +3,7 @@
 The step runs on one stream, in order. The other stages run there too, between its launches, or where
 the memory plan has room for it on a stream beside, with activations of their own and a third stream
 that copies results to the host. One lock, the turn, is held while something is loaded, allocated, freed
-or put on a stream, never while the GPU is waited for. How the step engine is driven stands in
+or put on a stream, not while a launch or a result is waited for. How the step engine is driven stands in
 `reelrt.runtime.trt_step`; what differs between versions of the library in
 `reelrt.runtime.trt_library`.
 """
