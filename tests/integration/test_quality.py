@@ -73,6 +73,7 @@ def test_equal_bundles_are_equal_in_everything(place: Path, tmp_path: Path) -> N
             assert (score["lost"], score["won"], score["difference_points"]) == (0, 0, 0)
         assert [video["seed"] for video in run["videos"]] == [0, 1]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".quality",
         "quality-1.png",
         "quality-2.png",
         "quality-adherence.png",
@@ -201,6 +202,13 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     monkeypatch.setattr("reelrt.calibration.comparison.measure_pair", counted)
     resumed = evaluate_quality(place / "fp32", place / "near", tmp_path / "out", **QUICK)
     assert len(made) == 2
+    assert resumed.kept_bytes > 0
+    larger = evaluate_quality(
+        place / "fp32", place / "near", tmp_path / "out", **{**QUICK, "steps": (2, 1, 3)}, forget=True
+    )
+    assert made[2:] == [3, 3], "what was measured before is not made again"
+    assert [run["steps"] for run in larger.document["runs"]] == [2, 1, 3]
+    assert larger.kept_bytes == 0
     assert not (tmp_path / "out" / ".quality").exists()
     assert without_seconds(dict(resumed.document)) == without_seconds(dict(whole.document))
 
