@@ -22,7 +22,7 @@ import numpy as np
 
 from reelrt.bundle.files import atomic_files
 from reelrt.bundle.manifest import Bundle, EngineSet, kind_of
-from reelrt.bundle.report import PROMPTS, QUALITY, REFERENCE, Report
+from reelrt.bundle.report import PROMPTS, QUALITY, REFERENCE, REFUSED, Report
 from reelrt.calibration import page, pairs, plots, sides
 from reelrt.calibration.adherence import MOST_PROMPTS, check_prompts
 from reelrt.calibration.comparison import Run, compare, summed_up
@@ -239,9 +239,9 @@ def _judged(model: str, asked: Sequence[Asked], numbered: bool, wanted: bool | N
         )
     if wanted and unread is not None:
         raise InputError(f"adherence cannot be judged: {unread!r} is no sentence about moving shapes.")
-    if wanted is False:
-        return False, "--no-adherence"
-    if wanted is None and not shapes:
+    if wanted is False and shapes and unread is None:
+        return False, REFUSED
+    if wanted is not True and not shapes:
         return False, f"the judge knows moving shapes only, and the model is {model}"
     if unread is not None:
         return False, f"the judge knows moving shapes only, and one prompt is {unread!r}"

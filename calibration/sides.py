@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from reelrt.bundle.files import sha256, verify
-from reelrt.bundle.manifest import MANIFEST, SCHEDULES, Bundle, EngineSet, kind_of
+from reelrt.bundle.manifest import MANIFEST, SCHEDULES, Bundle, EngineSet, check_either, kind_of
 from reelrt.bundle.report import coarsest
 from reelrt.bundle.schedule import Cfg, Schedule, first_passes
 from reelrt.calibration.emulated import emulate_fp16
@@ -186,6 +186,7 @@ def read(folder: Path) -> EngineSet:
     Raises:
         IntegrityError: Neither a bundle nor an engine set, or its schedules are damaged.
     """
+    check_either(folder)
     if kind_of(folder) == EngineSet.kind:
         found = EngineSet.load(folder, check=False)
     else:

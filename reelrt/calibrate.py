@@ -76,6 +76,14 @@ def calibrate(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Layers to keep in FP32 as well: a regular expression."),
     ] = None,
+    smooth: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ALPHA",
+            help="Measure SmoothQuant for each matrix product and use it where the error gets smaller.",
+            show_default="not measured",
+        ),
+    ] = None,
     work: Annotated[
         Path | None,
         typer.Option(help="Folder for trajectories; stopped runs go on.", show_default="OUTPUT.work"),
@@ -93,10 +101,17 @@ def calibrate(
     from reelrt.calibration.trajectories import estimate_bytes, record
 
     began = time.monotonic()
-    given = {"--method": method, "--budget": budget, "--keep": keep, "--error": error, "--audit": audit}
+    given = {
+        "--method": method,
+        "--budget": budget,
+        "--keep": keep,
+        "--smooth": smooth,
+        "--error": error,
+        "--audit": audit,
+    }
     _check_options(precision, samples, steps, {name for name, value in given.items() if value is not None})
     wanted = parse_size(size)
-    _check_values(budget, keep or [], error, audit)
+    _check_values(budget, keep or [], smooth, error, audit)
     source = Bundle.load(bundle)
     if output.resolve() == bundle.resolve():
         raise InputError(f"{output} is the bundle itself.", "Name another folder to write to.")
@@ -115,6 +130,7 @@ def calibrate(
         "error": ERROR if error is None else error,
         "audit": audit is not False,
         "keep": keep or [],
+        "smooth": smooth,
         "seed": seed,
     }
     if not force and _is_calibrated(output, request):
@@ -158,6 +174,7 @@ APPLIES: Mapping[str, Sequence[Precision]] = {
     "--method": ("int8",),
     "--budget": ("int8",),
     "--keep": ("int8",),
+    "--smooth": ("int8",),
     "--audit": ("int8", "int8-weights"),
     "--error": ("int8", "int8-weights", "fp16"),
 }
@@ -182,7 +199,13 @@ def _check_options(precision: Precision, samples: int, steps: int, given: Collec
             raise InputError(f"{option} is for --precision {names}, not for {precision}.", "Leave it out.")
 
 
-def _check_values(budget: float | None, keep: Sequence[str], error: float | None, audit: bool | None) -> None:
+def _check_values(
+    budget: float | None,
+    keep: Sequence[str],
+    smooth: float | None,
+    error: float | None,
+    audit: bool | None,
+) -> None:
     """Refuse impossible values of options that apply.
 
     Raises:
@@ -191,10 +214,13 @@ def _check_values(budget: float | None, keep: Sequence[str], error: float | None
     from reelrt.calibration.fp16 import check_error
     from reelrt.calibration.layers import check_patterns
     from reelrt.calibration.sensitivity import check_budget
+    from reelrt.calibration.smoothing import check_alpha
 
     if budget is not None:
         check_budget(budget)
     check_patterns(keep)
+    if smooth is not None:
+        check_alpha(smooth)
     if error is not None:
         check_error(error)
         if audit is False:
@@ -231,6 +257,7 @@ def _calibrate(
         method=request["method"],
         budget=request["budget"],
         keep=request["keep"],
+        smooth=request["smooth"],
         fp16_error=allowed,
         work=work,
         progress=progress,
@@ -284,6 +311,11 @@ def _brief(report: Mapping[str, Any]) -> dict[str, Any]:
         more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
         listed = f"FP32 for {'; '.join(kept[:3])}{more}" if kept else "FP16 throughout"
         brief[name.replace("_", " ")] = f"{found['layers']} layers measured, {listed}"
+    if report.get("smoothing"):
+        smoothed = report["smoothing"]
+        brief["smoothed"] = (
+            f"{smoothed['used']} of {len(smoothed['layers'])} products, alpha {smoothed['alpha']:g}"
+        )
     if "fp16_audit" in report:
         brief["beside INT8"] = _beside(report["fp16_audit"])
     for name, found in report.get("other_stages", {}).items():
