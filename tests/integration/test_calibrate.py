@@ -314,7 +314,7 @@ def test_a_graph_too_large_for_modelopt_gets_the_same_pairs(
     nodes = sorted(ours.nodes)[::2]
     paths = [place / f"{kind}-{method}.onnx" for kind in ("theirs", "ours")]
     sizes = [theirs.write(nodes, paths[0]), ours.write(nodes, paths[1])]
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05), "theirs store zero points for each channel"
     assert [qdq.quantised(onnx.load(path).graph) for path in paths] == [set(nodes)] * 2
     for sample in list(recorded)[:2]:
         first, second = (open_graph(path).run(["state_next"], dict(sample.inputs))[0] for path in paths)
