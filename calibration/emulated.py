@@ -7,7 +7,6 @@ kernels; layers that the bundle lists stay FP32, INT8 ones stay INT8. Knows no c
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ def emulate_fp16(bundle: Bundle, folder: Path) -> Bundle:
 
     Args:
         bundle: Its stages FP32, or INT8 with an FP32 remainder.
-        folder: An empty folder; the weights in it are links where the disk has them.
+        folder: An empty folder.
 
     Returns:
         The bundle in the folder. It says FP32 of what it emulates, because that is what its graphs are.
@@ -43,7 +42,7 @@ def emulate_fp16(bundle: Bundle, folder: Path) -> Bundle:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if name not in graphs:
-            _link(bundle.folder / name, target)
+            shutil.copyfile(bundle.folder / name, target)  # onnx refuses weights with a second link
         else:
             stage = graphs[name]
             graph = probes.understand(bundle.folder / name, stage.spec)
@@ -51,11 +50,3 @@ def emulate_fp16(bundle: Bundle, folder: Path) -> Bundle:
     made = Bundle(folder, bundle.pipeline, {n: replace(s, keep_fp32=()) for n, s in bundle.stages.items()})
     made.save(__version__)
     return made
-
-
-def _link(source: Path, target: Path) -> None:
-    """Have a file in two places; a copy where the disk has no links or is another one."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
