@@ -116,7 +116,7 @@ def quality(found: Mapping[str, Any]) -> list[Row]:
         (
             f"Videos of the bundled model in {precision} against FP32{emulated}, "
             f"{found['settings']['prompts']} prompts, {run['steps']} steps",
-            f"SSIM {run['ssim']['mean']:.3f}; adherence {points[worst]:+.1f} points at worst ({worst})",
+            f"SSIM {run['ssim']['mean']:.4f}; adherence {points[worst]:+.1f} points at worst ({worst})",
             f"last latents {100 * run['latent_error']['last_step']['mean']:.2g} % apart",
         )
     ]
