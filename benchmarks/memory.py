@@ -34,6 +34,7 @@ from reelrt.bundle.manifest import Bundle
 from reelrt.bundle.spec import Profile, Range, StageSpec
 from reelrt.engines import profiles
 from reelrt.engines.recipe import Job
+from reelrt.export.exporter import Precision
 
 WORK = ROOT / "build" / "memory"
 RESULT = ROOT / "benchmarks" / "results" / "memory.json"
@@ -41,10 +42,13 @@ PLOT = ROOT / "docs" / "images" / "memory.png"
 LIBRARIES = ("torch", "diffusers", "onnx", "onnxruntime", "tensorrt_rtx", "polygraphy")
 WIDTH, HEIGHT, FRAMES = 832, 480, 16
 CAPABILITY = "8.6"
-PRECISIONS = ("fp16", "int8")
+ACTIVATIONS = "int8-activations"
+PRECISIONS = ("fp16", "int8", ACTIVATIONS)
 GOAL_GB = {"fp16": 4.2, "int8": 2.8}
 MISSION_GB = {"fp16": 6.2, "int8": 4.8}
 HOST_GIB, HOST_SECONDS = 16, 15 * 60
+RANGE_SIZE, RANGE_FRAMES, RANGE_PROMPTS, RANGE_STEPS = 64, 4, 8, 4
+"""Pixels each way, frames, prompts and solver steps of the trajectories that INT8's ranges come from."""
 DECODER_CHUNKS = (4, 2, 1)
 """Frames per call of the decoder: the most that needs no more than the denoiser."""
 GB, GIB = 1e9, 2**30
@@ -75,10 +79,11 @@ def buffer_bytes(spec: StageSpec, profile: Profile) -> int:
     return total
 
 
-def export(folder: Path, validate: bool) -> None:
+def export(folder: Path, precision: Precision, validate: bool) -> None:
     from reelrt.export.exporter import export_bundle
 
-    made = export_bundle(folder / "model", folder / "bundle", precision="fp16", validate=validate)
+    target = folder / ("bundle" if precision == "fp16" else "bundle-fp32")
+    made = export_bundle(folder / "model", target, precision=precision, validate=validate)
     weights = {name: stage.weight_bytes for name, stage in made.stages.items()}
     print(json.dumps({"validated": validate, "weight_bytes": weights}))
 
@@ -92,15 +97,60 @@ def quantize(folder: Path) -> None:
     print("{}")
 
 
+def calibrate(folder: Path) -> None:
+    """INT8 weights and activations, their ranges found at a small size."""
+    from reelrt.calibration.bundles import calibrate_int8
+    from reelrt.calibration.prompt_sets import default_prompts
+    from reelrt.calibration.trajectories import record
+
+    source = folder / "bundle-fp32"
+    trajectories = record(
+        source,
+        default_prompts("ms-1.7b")[:RANGE_PROMPTS],
+        folder / "trajectories",
+        steps=RANGE_STEPS,
+        samples_per_prompt=1,
+        size=(RANGE_SIZE, RANGE_SIZE),
+        frames=RANGE_FRAMES,
+    )
+    made = calibrate_int8(
+        Bundle.load(source, check=False), trajectories, folder / "bundle-int8", fp16_error=None
+    )
+    kept = made.report["layers"]
+    found = {
+        "samples": len(trajectories),
+        "size": RANGE_SIZE,
+        "frames": RANGE_FRAMES,
+        "nodes": made.report["nodes"],
+        "layers_int8": kept["quantised"],
+        "layers_kept": len(kept["kept_fp32"]),
+        "precisions": {name: stage.precision for name, stage in made.bundle.stages.items()},
+    }
+    print(json.dumps(found))
+
+
+def _bundle(folder: Path, precision: str) -> Bundle:
+    return Bundle.load(folder / ("bundle-int8" if precision == ACTIVATIONS else "bundle"), check=False)
+
+
+def _graph(folder: Path, precision: str, bundle: Bundle, stage: str) -> tuple[Path, str]:
+    """A stage's graph, and what it is to the builder."""
+    entry = bundle.stages[stage]
+    if precision == "int8":  # weights of the FP16 graph alone
+        return folder / f"int8-{entry.file}", "fp16"
+    return bundle.folder / entry.file, entry.precision
+
+
 def build(folder: Path, precision: str, stage: str, chunk: int) -> None:
     from reelrt.engines.worker import run_job
 
-    bundle = Bundle.load(folder / "bundle", check=False)
+    bundle = _bundle(folder, precision)
     entry = bundle.stages[stage]
-    graph = bundle.folder / entry.file if precision == "fp16" else folder / f"int8-{entry.file}"
+    graph, given = _graph(folder, precision, bundle, stage)
+    wanted = "int8" if given == "int8" else "fp16"
     profile = stage_profile(bundle, stage, chunk)
     output = folder / f"{precision}-{stage}.engine"
-    built = run_job(Job("tensorrt_rtx", entry.spec, graph, "fp16", output, "fp16", profile, CAPABILITY))
+    built = run_job(Job("tensorrt_rtx", entry.spec, graph, given, output, wanted, profile, CAPABILITY))
     buffers = buffer_bytes(entry.spec, profile)
     figures = {
         "weight_bytes": built.weight_bytes,
@@ -150,11 +200,19 @@ def measure(scale: float, folder: Path, validate: bool) -> Record:
     """Do what is not done yet, and put the figures together."""
     folder.mkdir(parents=True, exist_ok=True)
     once(folder, "model", "--write", scale)
-    exported = once(folder, "export", "--export", *([] if validate else ["--unvalidated"]))
+    unvalidated = [] if validate else ["--unvalidated"]
+    exported = once(folder, "export", "--export", "fp16", *unvalidated)
+    exported_fp32 = once(folder, "export fp32", "--export", "fp32", "--unvalidated")
+    calibrated = once(folder, "int8 calibration", "--calibrate")
     quantized = once(folder, "int8 weights", "--quantize")
     built = {precision: stages(folder, precision) for precision in PRECISIONS}
     peaks = {name: max(stage["peak_bytes"] for stage in each.values()) for name, each in built.items()}
-    host = {"export": exported, "int8 weights": quantized}
+    host = {
+        "export": exported,
+        "export fp32": exported_fp32,
+        "int8 weights": quantized,
+        "int8 calibration": calibrated,
+    }
     host |= {
         f"build {name}": {
             "seconds": round(sum(stage["seconds"] for stage in each.values()), 1),
@@ -227,7 +285,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     bars = [(precision, name) for precision in PRECISIONS for name in result["stages"][precision]]
     left = np.zeros(len(bars))
     kinds = {"weight_bytes": "weights", "activation_bytes": "activations", "buffer_bytes": "buffers"}
@@ -235,10 +293,10 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         values = np.array([result["stages"][precision][name][kind] / GB for precision, name in bars])
         axes.barh(np.arange(len(bars)), values, left=left, label=label, color=color)
         left += values
-    for place, precision in zip((2.5, -0.5), reversed(PRECISIONS), strict=True):
-        goal = GOAL_GB[precision]
+    for precision, goal in GOAL_GB.items():
+        place = 3 * PRECISIONS.index(precision) - 0.5
         axes.vlines(goal, place, place + 3, color="black", linestyle="--", linewidth=1)
-        axes.text(goal + 0.03, place + 2.8, f"goal {goal} GB", va="top", fontsize=8)
+        axes.text(goal + 0.03, place + 0.2, f"goal {goal} GB", va="top", fontsize=8)
     axes.set_yticks(np.arange(len(bars)), [f"{p.upper()} {n.replace('_', ' ')}" for p, n in bars])
     axes.invert_yaxis()
     axes.set_xlim(0, max(*GOAL_GB.values(), *left) * 1.18)
@@ -254,7 +312,8 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="do everything again")
     parser.add_argument("--unvalidated", action="store_true", help="do not compare the export with the model")
     parser.add_argument("--write", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--export", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--export", choices=("fp16", "fp32"), help=argparse.SUPPRESS)
+    parser.add_argument("--calibrate", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--quantize", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--build", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--chunk", type=int, default=1, help=argparse.SUPPRESS)
@@ -263,7 +322,9 @@ def main() -> None:
     if options.write is not None:
         write_model(options.folder / "model", options.write)
     elif options.export:
-        export(options.folder, not options.unvalidated)
+        export(options.folder, options.export, not options.unvalidated)
+    elif options.calibrate:
+        calibrate(options.folder)
     elif options.quantize:
         quantize(options.folder)
     elif options.build:

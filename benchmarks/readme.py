@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+ACTIVATIONS = "int8-activations"
 GIB, MIB = 1 << 30, 1 << 20
 
 Row = tuple[str, str, str]
@@ -38,7 +39,7 @@ def loop(found: Mapping[str, Any]) -> list[Row]:
         (
             f"A video of the bundled model: {video}, {how}",
             f"{ours:.2f} s; diffusers {awake:.2f} s, with threads that wait asleep {asleep:.2f} s",
-            f"**{faster:.1f}×** faster, **{faster_asleep:.1f}×**",
+            f"**{faster:.1f}×** faster, **{faster_asleep:.1f}×**{_least()}",
         ),
         (
             "`generate` beside the time inside its engine calls",
@@ -51,6 +52,17 @@ def loop(found: Mapping[str, Any]) -> list[Row]:
             "no torch",
         ),
     ]
+
+
+def _least() -> str:
+    """The bound that stands beside a speed, of `roofline-cpu.json`."""
+    found = json.loads((RESULTS / "roofline-cpu.json").read_text(encoding="utf-8"))
+    rate = found["flops_per_second"] * found["cores"] / 1e9
+    work, least = found["flop_per_pass"] * found["passes"] / 1e9, found["least_seconds"]
+    return (
+        f"; [no FP32 runtime](benchmarks/results/roofline-cpu.json) below {least:.2f} s here: "
+        f"{work:.0f} GFLOP at {rate:.0f} GFLOP/s"
+    )
 
 
 def _rivals(runs: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -82,28 +94,30 @@ def adherence(found: Mapping[str, Any]) -> list[Row]:
 def memory(found: Mapping[str, Any]) -> list[Row]:
     """The row of `memory.json`."""
     peaks = found["peak_gb"]
+    both = f"; INT8 activations too {peaks[ACTIVATIONS]:.2f} GB" if ACTIVATIONS in peaks else ""
     picture = f"{found['width']}×{found['height']}, {found['frames']} frames"
     return [
         (
             f"Peak GPU memory of a model of ms-1.7b's size, {picture}, RTX 3060: TensorRT-RTX's own "
             "figures and our buffers, one stage at a time, without a CUDA context; no GPU was there",
-            f"FP16 {peaks['fp16']:.2f} GB; INT8 weights {peaks['int8']:.2f} GB",
+            f"FP16 {peaks['fp16']:.2f} GB; INT8 weights {peaks['int8']:.2f} GB{both}",
             f"wanted: {found['goal_gb']['fp16']:g} and {found['goal_gb']['int8']:g} GB",
         )
     ]
 
 
 def quality(found: Mapping[str, Any]) -> list[Row]:
-    """The row of `quality-int8.json`: its first run."""
-    run = found["runs"][0]
+    """The row of `quality-int8.json` or `quality-fp16.json`: its first run."""
+    run, precision = found["runs"][0], found["candidate"]["precision"].upper()
+    emulated = " (emulated: each layer rounded, sums in FP32)" if "arithmetic" in found["candidate"] else ""
     points = {name: each["difference_points"] for name, each in run["adherence"].items()}
     worst = min((name for name in points if name != "everything"), key=lambda name: points[name])
     return [
         (
-            f"Videos of the bundled model in INT8 against FP32, {found['settings']['prompts']} prompts, "
-            f"{run['steps']} steps",
-            f"SSIM {run['ssim']['mean']:.3f}; adherence {points[worst]:+.1f} points at worst ({worst})",
-            f"last latents {100 * run['latent_error']['last_step']['mean']:.1f} % apart",
+            f"Videos of the bundled model in {precision} against FP32{emulated}, "
+            f"{found['settings']['prompts']} prompts, {run['steps']} steps",
+            f"SSIM {run['ssim']['mean']:.4f}; adherence {points[worst]:+.1f} points at worst ({worst})",
+            f"last latents {100 * run['latent_error']['last_step']['mean']:.2g} % apart",
         )
     ]
 
@@ -113,6 +127,7 @@ PARTS = {
     "adherence": adherence,
     "memory": memory,
     "quality-int8": quality,
+    "quality-fp16": quality,
     "export-memory": export_memory,
 }
 """Name of a JSON file to what makes rows of it, in the order of the table."""

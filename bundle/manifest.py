@@ -306,6 +306,24 @@ def kind_of(folder: Path) -> str:
         return ""
 
 
+def check_either(folder: Path) -> None:
+    """Refuse a folder that cannot be a bundle or an engine set, where either will do.
+
+    Raises:
+        IntegrityError: It is not there, or has no manifest.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise _absent(
+            folder, "`reelrt export` and `reelrt calibrate` make bundles, `reelrt build` engine sets"
+        )
+
+
+def _absent(folder: Path, hint: str) -> IntegrityError:
+    if not folder.is_dir():
+        return IntegrityError(f"there is no folder {folder}.", f"Check the name; {hint}.")
+    return IntegrityError(f"{folder} has no {MANIFEST}.", f"Name another folder; {hint}.")
+
+
 Folder = TypeVar("Folder", Bundle, EngineSet)
 
 
@@ -351,8 +369,8 @@ def _read(kind: type[Folder], folder: Path, parts: str, check: bool) -> dict[str
         data = json.loads(path.read_text(encoding="utf-8"))
         found, schema = data["kind"], data["schema"]
     except FileNotFoundError as error:
-        hint = {"bundle": "`reelrt export`", "engines": "`reelrt build` or `make engines`"}[kind.kind]
-        raise IntegrityError(f"{folder} has no {MANIFEST}.", f"Make it with {hint}.") from error
+        makers = {"bundle": "`reelrt export` makes bundles", "engines": "`reelrt build` makes engine sets"}
+        raise _absent(folder, makers[kind.kind]) from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{path} cannot be read: {error}.", "Build this folder again.") from error
     if found != kind.kind:

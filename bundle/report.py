@@ -24,6 +24,10 @@ REFERENCE = "fp32"
 """The precision that the targets are against."""
 PROMPTS = 200
 """How many prompts the targets are stated for."""
+LEAST_PROMPTS = 16
+"""Over fewer, a report is no ground to build on."""
+REFUSED = "--no-adherence"
+"""Why adherence was left out when it could have been measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,7 @@ class Report:
         against: The reference's precision.
         prompts: Number of prompts.
         figures: One entry per number of steps, at least one.
+        left_out: Why adherence was not measured; empty when it was.
     """
 
     bundle: str
@@ -126,6 +131,7 @@ class Report:
     against: str
     prompts: int
     figures: tuple[Figures, ...]
+    left_out: str = ""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Report:
@@ -157,6 +163,7 @@ class Report:
             against=str(reference["precision"]),
             prompts=int(data["settings"]["prompts"]),
             figures=figures,
+            left_out=str(data["settings"].get("adherence_left_out", "")),
         )
 
     @classmethod

@@ -19,11 +19,14 @@ import numpy as np
 
 from reelrt import __version__
 from reelrt.bundle.files import atomic_folder
-from reelrt.bundle.manifest import Bundle, Stage
+from reelrt.bundle.manifest import Bundle, Pipeline, Stage
 from reelrt.bundle.spec import StageSpec
 from reelrt.calibration import qdq
-from reelrt.calibration.int8 import Method, check_installed, quantise
-from reelrt.calibration.layers import Layer, find_layers, kept_by_default, matching
+from reelrt.calibration.audit import ERROR
+from reelrt.calibration.fp16 import audit, check_error, heeding
+from reelrt.calibration.int8 import MODELOPT_BYTES, check_installed, prepare
+from reelrt.calibration.layers import Layer, find_layers, kept_by_default, matching, unfused
+from reelrt.calibration.ranges import Method
 from reelrt.calibration.recorder import open_graph
 from reelrt.calibration.sensitivity import (
     Sensitivity,
@@ -33,6 +36,7 @@ from reelrt.calibration.sensitivity import (
     relative_error,
     sweep,
 )
+from reelrt.calibration.smoothing import Smoothing, candidates, channel_peaks, check_alpha, write_smoothed
 from reelrt.calibration.trajectories import Trajectories, fingerprint
 from reelrt.errors import CalibrationError, InputError
 from reelrt.progress import Progress, silent
@@ -78,6 +82,8 @@ def calibrate_int8(
     method: Method = "percentile",
     budget: float | None = None,
     keep: Sequence[str] = (),
+    smooth: float | None = None,
+    fp16_error: float | None = ERROR,
     work: Path | None = None,
     progress: Progress = silent,
 ) -> Calibrated:
@@ -91,8 +97,14 @@ def calibrate_int8(
         budget: Relative error of the final latents that is allowed. With it every layer's sensitivity
             is measured and the most sensitive ones stay FP32; without, those of the family's default.
         keep: Regular expressions of further layers that stay FP32.
+        smooth: SmoothQuant's alpha: each product with a weight is measured alone with and without it, and
+            smoothed where that lowers its error. None does not measure it.
+        fp16_error: Most that FP16 may change in the output of a layer that is not INT8, as
+            `reelrt.calibration.fp16.calibrate_fp16`; layers that would lose more, or overflow, stay FP32
+            in engines. None leaves this audit out.
         work: Where a sweep keeps what it measured, so that it can go on; None for nowhere.
-        progress: Told of `ranges`, `sensitivity`, `text_encoder`, `vae_decoder` and `check`.
+        progress: Told of `ranges`, `sensitivity`, `text_encoder`, `vae_decoder`, `check` and
+            `audit <stage>`.
 
     Raises:
         InputError: Not an FP32 bundle, too few samples, an impossible budget, or trajectories of
@@ -105,41 +117,41 @@ def calibrate_int8(
     _check(bundle, trajectories, output)
     if budget is not None:
         check_budget(budget)
+    if smooth is not None:
+        check_alpha(smooth)
+    if fp16_error is not None:
+        check_error(fp16_error)
     check_installed()
     stage = bundle.stages["step"]
     source = bundle.folder / stage.file
     layers = find_layers(onnx.load(source, load_external_data=False).graph)
-    model = quantise(
-        source,
-        [node for layer in layers for node in layer.nodes],
-        lambda: (sample.inputs for sample in trajectories),
-        len(trajectories),
-        method=method,
-        progress=progress,
-    )
-    done = qdq.quantised(model.graph)
-    declined = [layer.name for layer in layers if not set(layer.nodes) <= done]
-    candidates = [layer for layer in layers if layer.name not in declined]
+    with TemporaryDirectory(prefix="reelrt-smooth-") as scratch:
+        smoothing = None
+        if smooth is not None:
+            place = work or Path(scratch)
+            smoothing, source = _smoothed(
+                bundle, trajectories, layers, smooth, method, place, Path(scratch), progress
+            )
+        quantised = _ranges(source, layers, trajectories, method, progress)
+    declined = [layer.name for layer in layers if not quantised.nodes.issuperset(layer.nodes)]
+    able = [layer for layer in layers if layer.name not in declined]
     sensitivity = None
     if budget is not None:
         with TemporaryDirectory(prefix="reelrt-sweep-") as scratch:
-            file = (work or Path(scratch)) / SWEEP
-            sensitivity = sweep(
-                bundle, trajectories, model, candidates, file, method=method, progress=progress
-            )
-    reasons = dict.fromkeys(declined, "ModelOpt does not quantise it")
-    reasons |= _reasons(candidates, bundle.pipeline.model.family, sensitivity, budget, keep)
+            file = (work or Path(scratch)) / (f"smoothed-{smooth:g}-{SWEEP}" if smoothing else SWEEP)
+            sensitivity = sweep(bundle, trajectories, quantised, able, file, method=method, progress=progress)
+    reasons = dict.fromkeys(declined, "it has no INT8 arithmetic")
+    reasons |= _reasons(able, bundle.pipeline, sensitivity, budget, keep)
     with atomic_folder(output, Bundle.kind) as folder:
-        _copy(bundle, folder)
+        _copy(bundle, folder, without=_files(bundle, stage))
         nodes = {node for layer in layers if layer.name not in reasons for node in layer.nodes}
-        qdq.restrict(model, nodes)
-        qdq.fold_weights(model)
-        weight_bytes = qdq.save(model, folder / stage.file)
-        stages = {**bundle.stages, "step": replace(stage, precision="int8", weight_bytes=weight_bytes)}
+        weight_bytes = quantised.write(nodes, folder / stage.file)
+        step = replace(stage, precision="int8", weight_bytes=weight_bytes)
+        stages: Mapping[str, Stage] = {**bundle.stages, "step": step}
         others = {}
         for name in HOLDS:
-            others[name], made = _other(bundle, trajectories, name, folder, method, progress)
-            stages[name] = made or bundle.stages[name]
+            others[name], other = _other(bundle, trajectories, name, folder, method, progress)
+            stages = {**stages, name: other or bundle.stages[name]}
         error = _checked(bundle, folder / stage.file, trajectories, progress)
         report = {
             **_head(bundle, trajectories),
@@ -150,12 +162,73 @@ def calibrate_int8(
             "nodes": {"quantised": len(nodes), "all": sum(len(layer.nodes) for layer in layers)},
             "final_latents": {"relative_error": error, "prompts": CHECKED_PROMPTS},
             "other_stages": others,
+            "smoothing": smoothing.document() if smoothing else None,
             "sensitivity": sensitivity.document() if sensitivity else None,
         }
         if sensitivity:
             plot(sensitivity, list(reasons), folder / PLOT)
+        stages, report = _audited(bundle, folder, stages, trajectories, fp16_error, report, progress)
         _finish(bundle, folder, stages, report)
     return Calibrated(Bundle.load(output, check=False), report)
+
+
+def _ranges(
+    source: Path, layers: Sequence[Layer], trajectories: Trajectories, method: Method, progress: Progress
+) -> qdq.Quantised:
+    """A step graph whose layers can be quantised."""
+    return prepare(
+        source,
+        [node for layer in layers for node in layer.nodes],
+        lambda: (sample.inputs for sample in trajectories),
+        len(trajectories),
+        method=method,
+        progress=progress,
+    )
+
+
+def _smoothed(
+    bundle: Bundle,
+    trajectories: Trajectories,
+    layers: Sequence[Layer],
+    alpha: float,
+    method: Method,
+    work: Path,
+    scratch: Path,
+    progress: Progress,
+) -> tuple[Smoothing, Path]:
+    """What smoothing does to each layer, and the graph with those smoothed that gain by it.
+
+    Raises:
+        InputError: The graph is too large.
+    """
+    import onnx
+
+    source = bundle.folder / bundle.stages["step"].file
+    size = qdq.weight_bytes(source)
+    if size > MODELOPT_BYTES:
+        raise InputError(
+            f"the weights of {source} are too large to be smoothed: {size / 2**30:.1f} GiB, at most "
+            f"{MODELOPT_BYTES / 2**30:g} GiB.",
+            "Leave --smooth out.",
+        )
+    graph = onnx.load(source, load_external_data=False).graph
+    plain = _ranges(source, layers, trajectories, method, progress)
+    able = [layer for layer in candidates(graph, layers) if plain.nodes.issuperset(layer.nodes)]
+    peaks = channel_peaks(source, able, lambda: (sample.inputs for sample in trajectories))
+    even = write_smoothed(source, scratch / "even.onnx", able, peaks, alpha)
+    options: dict[str, Any] = {"method": method, "progress": progress}
+    before = sweep(bundle, trajectories, plain, able, work / SWEEP, **options)
+    after = sweep(
+        bundle,
+        trajectories,
+        _ranges(even, layers, trajectories, method, progress),
+        able,
+        work / f"smoothing-{alpha:g}.json",
+        **options,
+    )
+    found = Smoothing(alpha, before.errors, after.errors)
+    used = [layer for layer in able if layer.name in found.used]
+    return found, write_smoothed(source, scratch / source.name, used, peaks, alpha)
 
 
 def calibrate_weights(
@@ -164,6 +237,7 @@ def calibrate_weights(
     output: Path,
     quantiser: WeightQuantiser,
     *,
+    fp16_error: float | None = ERROR,
     progress: Progress = silent,
 ) -> Calibrated:
     """Write a bundle whose step has INT8 weights and floating-point arithmetic.
@@ -173,7 +247,8 @@ def calibrate_weights(
         trajectories: For measuring what it costs; None does not measure.
         output: The bundle to write.
         quantiser: What makes the graph.
-        progress: Told of `weights` and `check`.
+        fp16_error: As `calibrate_int8`; nothing is audited without trajectories.
+        progress: Told of `weights`, `check` and `audit <stage>`.
 
     Raises:
         InputError: Not an FP32 bundle, or trajectories of another one.
@@ -181,14 +256,12 @@ def calibrate_weights(
     _check(bundle, trajectories, output)
     stage = bundle.stages["step"]
     with atomic_folder(output, Bundle.kind) as folder:
-        _copy(bundle, folder)
-        for path in _files(bundle, stage):
-            (folder / path).unlink(missing_ok=True)
+        _copy(bundle, folder, without=_files(bundle, stage))
         progress("weights", 0, 1)
         quantiser(bundle.folder / stage.file, folder / stage.file, stage.spec)
         progress("weights", 1, 1)
         weight_bytes = qdq.weight_bytes(folder / stage.file)
-        stages = {
+        stages: Mapping[str, Stage] = {
             **bundle.stages,
             "step": replace(stage, precision="int8-weights", weight_bytes=weight_bytes),
         }
@@ -197,8 +270,29 @@ def calibrate_weights(
             error = _checked(bundle, folder / stage.file, trajectories, progress)
             report = {**_head(bundle, trajectories), **report}
             report["final_latents"] = {"relative_error": error, "prompts": CHECKED_PROMPTS}
+            stages, report = _audited(bundle, folder, stages, trajectories, fp16_error, report, progress)
         _finish(bundle, folder, stages, report)
     return Calibrated(Bundle.load(output, check=False), report)
+
+
+def _audited(
+    bundle: Bundle,
+    folder: Path,
+    stages: Mapping[str, Stage],
+    trajectories: Trajectories,
+    error: float | None,
+    report: Mapping[str, Any],
+    progress: Progress,
+) -> tuple[Mapping[str, Stage], dict[str, Any]]:
+    """The stages with the layers that FP16 would harm, and the report with their number."""
+    if error is None:
+        return stages, {**report, "fp16_audit": None}
+    audits = audit(folder, stages, trajectories, error=error, progress=progress)
+    kept = {name: len(found.keep) for name, found in audits.items()}
+    return heeding(bundle, stages, audits, error, folder), {
+        **report,
+        "fp16_audit": {"error": error, "kept_fp32": kept},
+    }
 
 
 def _check(bundle: Bundle, trajectories: Trajectories | None, output: Path) -> None:
@@ -222,16 +316,18 @@ def _check(bundle: Bundle, trajectories: Trajectories | None, output: Path) -> N
 
 def _reasons(
     layers: Sequence[Layer],
-    family: str,
+    pipeline: Pipeline,
     sensitivity: Sensitivity | None,
     budget: float | None,
     keep: Sequence[str],
 ) -> dict[str, str]:
     """Layer that stays FP32 to why."""
+    reasons = dict.fromkeys(unfused(layers, pipeline.geometry), "INT8 attention is not fused")
     if sensitivity is None or budget is None:
-        reasons = dict.fromkeys(kept_by_default(layers, family), f"default of the family {family}")
+        family = pipeline.model.family
+        reasons |= dict.fromkeys(kept_by_default(layers, family), f"default of the family {family}")
     else:
-        reasons = {
+        reasons |= {
             name: f"error {sensitivity.errors[name]:.4f} alone; the budget of all is {budget:g}"
             for name in sensitivity.kept(budget)
         }
@@ -257,7 +353,7 @@ def _other(
     what, allowed = HOLDS[name]
     nodes = [node.name for node in qdq.quantisable(onnx.load(source, load_external_data=False).graph)]
     try:
-        model = quantise(
+        quantised = prepare(
             source,
             nodes,
             lambda: _stage_feeds(trajectories, name, fitted),
@@ -268,17 +364,15 @@ def _other(
         )
     except CalibrationError as failure:
         return {"used": False, "measured": what, "error": None, "allowed": allowed, "why": str(failure)}, None
-    qdq.fold_weights(model)
-    target = folder / f"{name}.candidate.onnx"
-    weight_bytes = qdq.save(model, target)
-    error = _stage_error(source, target, stage, _stage_feeds(trajectories, name, held_out))
-    for path in (target, target.with_name(f"{target.name}.data")):
-        path.unlink(missing_ok=True)
+    with TemporaryDirectory(prefix="reelrt-int8-") as scratch:
+        target = Path(scratch) / stage.file
+        quantised.write(quantised.nodes, target)
+        error = _stage_error(source, target, stage, _stage_feeds(trajectories, name, held_out))
     used = error <= allowed
     found = {"measured": what, "error": error, "allowed": allowed, "prompts": len(held_out), "used": used}
     if not used:
         return found, None
-    qdq.save(model, folder / stage.file)
+    weight_bytes = quantised.write(quantised.nodes, folder / stage.file)
     return found, replace(stage, precision="int8", weight_bytes=weight_bytes)
 
 
@@ -328,11 +422,15 @@ def _head(bundle: Bundle, trajectories: Trajectories) -> dict[str, Any]:
         "steps": settings.steps,
         "guidance": settings.guidance,
         "seed": settings.seed,
+        "size": settings.size,
+        "frames": settings.frames,
     }
 
 
-def _copy(bundle: Bundle, folder: Path) -> None:
+def _copy(bundle: Bundle, folder: Path, without: Sequence[str]) -> None:
     for name in bundle.files:
+        if name in without:
+            continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(bundle.folder / name, folder / name)
 

@@ -198,7 +198,12 @@ def summed_up(
 def _notes(report: Report, candidate: Side) -> list[str]:
     """What a reader has to know before believing the verdict."""
     engines, notes = candidate.pipe.engines, []
-    if engines.backend == "onnxruntime" and "fp16" in candidate.document()["precisions"].values():
+    if candidate.emulated:
+        notes.append(
+            "FP16 is emulated here: each layer's inputs, weights and result are rounded to FP16 and its sums "
+            "are FP32, which a GPU's kernels may do in another order. Its time says nothing of an engine's."
+        )
+    elif engines.backend == "onnxruntime" and "fp16" in candidate.precisions.values():
         notes.append(
             "ONNX Runtime computes FP16 graphs in FP32 on a CPU: this shows what rounding the weights to "
             "FP16 does, not what FP16 arithmetic on a GPU adds to it."

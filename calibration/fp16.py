@@ -19,7 +19,7 @@ import numpy as np
 
 from reelrt import __version__
 from reelrt.bundle.files import atomic_folder
-from reelrt.bundle.manifest import Bundle
+from reelrt.bundle.manifest import Bundle, Stage
 from reelrt.bundle.spec import DECODER_FRAMES
 from reelrt.calibration.audit import ERROR, HEADROOM, Audit, Feed, Layer, audit_stage
 from reelrt.calibration.probes import LARGEST
@@ -65,8 +65,7 @@ def calibrate_fp16(
             the listed layers FP32.
         BackendError: ONNX Runtime cannot run a graph.
     """
-    if not 0 < error < 1:
-        raise InputError(f"error {error:g} is not possible.", "Give a number between 0 and 1: 0.01 is 1 %.")
+    check_error(error)
     if output.resolve() == bundle.folder.resolve():
         raise InputError(f"{output} is the bundle itself.", "Name another folder to write to.")
     for name, stage in bundle.stages.items():
@@ -75,20 +74,62 @@ def calibrate_fp16(
                 f"{name} of {bundle.folder} has FP16 weights, and what they lost cannot be measured.",
                 "Export the model with `--precision fp32`.",
             )
-    feeds = _feeds(trajectories)
-    audits = {
-        name: audit_stage(bundle.folder / stage.file, stage, feeds[name], error=error, progress=progress)
-        for name, stage in bundle.stages.items()
-    }
+    audits = audit(bundle.folder, bundle.stages, trajectories, error=error, progress=progress)
     with atomic_folder(output, Bundle.kind) as folder:
         for name in bundle.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.folder / name, folder / name)
-        report = _report(bundle, audits, error)
-        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        stages = {name: replace(stage, keep_fp32=audits[name].keep) for name, stage in bundle.stages.items()}
+        stages = heeding(bundle, bundle.stages, audits, error, folder)
         Bundle(folder, bundle.pipeline, stages).save(__version__)
     return Bundle.load(output, check=False)
+
+
+def check_error(error: float) -> None:
+    """Refuse an impossible error.
+
+    Raises:
+        InputError: It is no number between 0 and 1.
+    """
+    if not 0 < error < 1:
+        raise InputError(f"error {error:g} is not possible.", "Give a number between 0 and 1: 0.01 is 1 %.")
+
+
+def audit(
+    folder: Path,
+    stages: Mapping[str, Stage],
+    trajectories: Trajectories,
+    *,
+    error: float,
+    progress: Progress = silent,
+) -> dict[str, Audit]:
+    """Measure what FP16 would do to the FP32 layers of each stage whose graph lies in a folder.
+
+    Raises:
+        CalibrationError: As `calibrate_fp16`.
+        BackendError: ONNX Runtime cannot run a graph.
+    """
+    feeds = _feeds(trajectories)
+    return {
+        name: audit_stage(folder / stage.file, stage, feeds[name], error=error, progress=progress)
+        for name, stage in stages.items()
+    }
+
+
+def heeding(
+    source: Bundle, stages: Mapping[str, Stage], audits: Mapping[str, Audit], error: float, folder: Path
+) -> dict[str, Stage]:
+    """The stages with the layers that have to stay FP32; the report is written into the folder.
+
+    Args:
+        source: The bundle that was calibrated.
+        stages: As they are in the folder.
+        audits: What was found in them.
+        error: What was allowed.
+        folder: Of the new bundle.
+    """
+    report = _report(source, audits, error)
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return {name: replace(stage, keep_fp32=audits[name].keep) for name, stage in stages.items()}
 
 
 def _feeds(trajectories: Trajectories) -> dict[str, list[Feed]]:

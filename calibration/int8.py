@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from reelrt.calibration.qdq import quantised
+from reelrt.calibration.qdq import Master, Quantised, quantised, weight_bytes
+from reelrt.calibration.ranges import Feeds, Method
+from reelrt.calibration.streaming import measure
 from reelrt.errors import BackendError, CalibrationError
 from reelrt.progress import Progress, silent
 from reelrt.runtime.session import Array
@@ -24,11 +26,28 @@ from reelrt.runtime.session import Array
 if TYPE_CHECKING:
     import onnx
 
-Method = Literal["max", "entropy", "percentile"]
-METHODS: tuple[Method, ...] = ("max", "entropy", "percentile")
+MODELOPT_BYTES = 1 << 30
+"""Weights up to which ModelOpt does it; benchmarks/results/memory.json says how often it copies them."""
 
-Feeds = Callable[[], Iterator[Mapping[str, Array]]]
-"""Gives the samples from the beginning, each as the graph's feed."""
+
+def prepare(
+    source: Path,
+    nodes: Sequence[str],
+    feeds: Feeds,
+    count: int,
+    *,
+    method: Method,
+    progress: Progress = silent,
+    what: str = "ranges",
+) -> Quantised:
+    """Find ranges by ModelOpt, or, for a graph too large for it, by ONNX Runtime's histograms alone.
+
+    Arguments and errors as `quantise`.
+    """
+    options: dict[str, Any] = {"method": method, "progress": progress, "what": what}
+    if weight_bytes(source) > MODELOPT_BYTES:
+        return measure(source, nodes, feeds, count, **options)
+    return Master(quantise(source, nodes, feeds, count, **options))
 
 
 def quantise(

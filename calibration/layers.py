@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from reelrt.bundle.spec import Geometry
 from reelrt.calibration.qdq import QUANTISABLE, quantisable
 from reelrt.errors import InputError
 
@@ -36,6 +37,10 @@ is the measurement that they come from."""
 
 STANDARD: Sequence[str] = (r"conv_in\.weight", r"conv_out\.weight", r"\.time1\.", r"\.time2\.")
 """For a family that nobody has measured: the first and the last convolution, and the time embedding."""
+
+FUSED_CELLS = 1024
+"""From so many latent cells per frame on, attention's products stay out of INT8: TensorRT-RTX does not fuse
+them between Q/DQ pairs, but stores the scores, which for an ms-1.7b-size model take gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,13 @@ def _query(scores: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto], weights
 def kept_by_default(layers: Sequence[Layer], family: str) -> list[str]:
     """Names of the layers that stay in FP32 when no sensitivity was measured."""
     return matching(layers, KEPT.get(family, STANDARD))
+
+
+def unfused(layers: Sequence[Layer], geometry: Geometry) -> list[str]:
+    """Names of the attentions that INT8 would keep from being fused, at the model's own size or larger."""
+    scale = geometry.spatial_scale
+    cells = (geometry.height // scale) * (geometry.width // scale)
+    return [layer.name for layer in layers if layer.kind == "attention" and cells >= FUSED_CELLS]
 
 
 def check_patterns(patterns: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """Pairs of videos of the same request, one by each side, and what was measured of each pair.
 
-A measured pair is kept on disk under the hash of all it depends on, so that an interrupted comparison
-goes on where it was. Knows no target and no report.
+A measured pair is kept on disk under the hash of all it depends on, so that an interrupted or a larger
+comparison measures only the rest. Knows no target and no report.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from reelrt.calibration.sides import Side
 from reelrt.errors import InputError
 
 KEPT = ".quality"
-"""The folder, in the output folder, that holds the pairs of an unfinished comparison."""
+"""The folder, in the output folder, that holds measured pairs."""
 FORMAT = 1
 """Of a kept pair; another means that it is measured anew."""
 
@@ -115,6 +114,9 @@ def from_file(path: Path, seed: int, most: int) -> list[Asked]:
 class Kept:
     """Measured pairs on disk, each under the hash of all it depends on.
 
+    Attributes:
+        folder: Where they are.
+
     Args:
         folder: Where they are; made when the first one is kept.
         reference: One side.
@@ -123,12 +125,13 @@ class Kept:
     """
 
     def __init__(self, folder: Path, reference: Side, candidate: Side, settings: dict[str, Any]) -> None:
-        self._folder = folder
+        self.folder = folder
         self._common = {
             "format": FORMAT,
             "reelrt": __version__,
             "reference": reference.sha256,
             "candidate": candidate.sha256,
+            **({"emulated": True} if candidate.emulated else {}),
             **settings,
         }
 
@@ -136,7 +139,7 @@ class Kept:
         """Where a pair is kept."""
         key = {**self._common, "prompt": asked.prompt, "seed": asked.seed, "steps": steps}
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return self._folder / f"{name}.npz"
+        return self.folder / f"{name}.npz"
 
     def find(self, asked: Asked, steps: int) -> Pair | None:
         """A pair that was kept; None when it was not, or cannot be read any more."""
@@ -151,17 +154,21 @@ class Kept:
         Raises:
             OSError: The disk is full, say.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_files([self.path(pair.asked, steps)]) as (file,):
             np.savez(file, figures=json.dumps(pair.figures), frames=pair.frames, other=pair.other)
 
-    def forget(self, asked: Sequence[Asked], steps: Sequence[int]) -> None:
-        """Remove these pairs, and the folder when nothing else is in it."""
-        for count in steps:
-            for each in asked:
-                self.path(each, count).unlink(missing_ok=True)
+    @property
+    def bytes(self) -> int:
+        """What all pairs in the folder take, those of other comparisons too."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.npz"))
+
+    def forget(self) -> None:
+        """Remove every pair, those of other comparisons too, and the folder if nothing else is in it."""
+        for path in self.folder.glob("*.npz"):
+            path.unlink(missing_ok=True)
         with suppress(OSError):
-            self._folder.rmdir()
+            self.folder.rmdir()
 
 
 def measure_pair(

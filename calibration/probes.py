@@ -284,13 +284,15 @@ def rounded(graph: Graph, spec: StageSpec, keep: Collection[str]) -> bytes:
         maker.nodes.append(node)
         if index in region:
             halves.update(name for name in node.output if name in graph.floats)
-    outputs = []
-    for output in source.output:
-        name = output.name
-        if name in halves:
-            maker.nodes.append(_named("Identity", maker.round(name, name in graph.masked), f"{name}.rounded"))
-            name = f"{name}.rounded"
-        outputs.append(name)
+    outputs = [output.name for output in source.output]
+    for name in halves.intersection(outputs):
+        result = maker.round(name, name in graph.masked)
+        exact = f"{name}.exact"
+        for node in maker.nodes:
+            for names in (node.input, node.output):
+                for position, each in enumerate(names):
+                    names[position] = exact if each == name else each
+        maker.nodes.append(_named("Identity", result, name))
     return _assemble(graph, maker.nodes, outputs, whole=True)
 
 

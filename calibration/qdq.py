@@ -7,8 +7,9 @@ ModelOpt nor what a layer is for.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,39 @@ if TYPE_CHECKING:
 
 QUANTISABLE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that have INT8 arithmetic and are worth it: they are nearly all of the work."""
+
+
+class Quantised(Protocol):
+    """A graph whose layers can be quantised one by one, since all ranges are known."""
+
+    @property
+    def nodes(self) -> frozenset[str]:
+        """Names of the nodes that can be quantised."""
+
+    def write(self, nodes: Collection[str], path: Path) -> int:
+        """Write the graph with some nodes quantised, weights beside it; returns their bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Master:
+    """What ModelOpt made of a graph, in memory: every node quantised, weights still floats."""
+
+    model: onnx.ModelProto
+
+    @property
+    def nodes(self) -> frozenset[str]:
+        """Names of the nodes that are quantised."""
+        return frozenset(quantised(self.model.graph))
+
+    def write(self, nodes: Collection[str], path: Path) -> int:
+        """Write a version in which only some nodes are quantised; returns the bytes of its weights."""
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        restrict(model, nodes)
+        fold_weights(model)
+        return save(model, path)
 
 
 def quantisable(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -79,6 +113,13 @@ def fold_weights(model: onnx.ModelProto) -> int:
             node.input[position] = made.get(name, name)
     _drop_unused(graph)
     return len(made)
+
+
+def channel_axis(node: onnx.NodeProto, rank: int) -> int:
+    """The axis of a weight's output channels, the weight being a node's second input."""
+    if node.op_type == "Gemm":
+        return 0 if any(each.name == "transB" and each.i for each in node.attribute) else 1
+    return rank - 1 if node.op_type == "MatMul" else 0
 
 
 def to_int8(values: npt.NDArray[Any], scale: npt.NDArray[Any], axis: int) -> npt.NDArray[np.int8]:

@@ -2,7 +2,7 @@
 
 `evaluate_quality` is the entry. How a pair is measured stands in `reelrt.calibration.pairs`, what the
 figures have to reach in `reelrt.bundle.report`. Files appear whole or not at all, when all is measured;
-until then the measured pairs are kept, so that an interrupted evaluation goes on where it was.
+the measured pairs are kept beside them, so that an interrupted or a larger evaluation measures only the rest.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from reelrt.bundle.files import atomic_files
 from reelrt.bundle.manifest import Bundle, EngineSet, kind_of
-from reelrt.bundle.report import PROMPTS, QUALITY, REFERENCE, Report
+from reelrt.bundle.report import PROMPTS, QUALITY, REFERENCE, REFUSED, Report
 from reelrt.calibration import page, pairs, plots, sides
 from reelrt.calibration.adherence import MOST_PROMPTS, check_prompts
 from reelrt.calibration.comparison import Run, compare, summed_up
@@ -53,11 +54,13 @@ class Quality:
         document: The whole report, as `quality.json` holds it.
         report: The figures that have targets.
         files: Every file that was written, `quality.json` first.
+        kept_bytes: What the measured pairs take that are still in the output folder.
     """
 
     document: Mapping[str, Any]
     report: Report
     files: Sequence[Path]
+    kept_bytes: int
 
 
 def evaluate_quality(
@@ -71,7 +74,9 @@ def evaluate_quality(
     solver: str | None = None,
     seed: int = 0,
     adherence: bool | None = None,
+    emulate_fp16: bool = False,
     attach: bool = True,
+    forget: bool = False,
     machine: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Quality:
@@ -88,8 +93,12 @@ def evaluate_quality(
         seed: Of the prompts' choice; the noise takes seed, seed + 1 and so on.
         adherence: Whether to judge the videos as moving shapes. Default: when the model's name begins
             with `moving-shapes` and every prompt is one of its sentences.
+        emulate_fp16: Whether what the candidate, a bundle, has in FP32 shall compute as its FP16 engines
+            would; see `reelrt.calibration.emulated`.
         attach: Whether to put `quality.json` into the candidate's folder, if it is a bundle and the
             reference is FP32.
+        forget: Whether to remove every measured pair from the output folder when the report is written;
+            else another number of steps, or of prompts, needs only what is new.
         machine: What it is measured on, for the report.
         progress: Told of the videos that are done, for each number of steps.
 
@@ -119,28 +128,11 @@ def evaluate_quality(
     _check_picture(ours)
     judged, why = _judged(pipeline.model.name, asked, isinstance(prompts, int), adherence)
     settings: dict[str, Any] = {"guidance": scale, "solver": sampler, "adherence": judged}
-    one, other = Side.open(reference), Side.open(candidate)
-    kept = Kept(output / KEPT, one, other, settings)
-    found = sum(kept.path(each, count).exists() for count in counts for each in asked)
-    if found:
-        log.info("%d of %d pairs of videos were measured before", found, len(asked) * len(counts))
-    try:
-        runs = compare(
-            one,
-            other,
-            asked,
-            steps=counts,
-            guidance=scale,
-            solver=sampler,
-            judged=judged,
-            kept=kept,
-            progress=progress,
-        )
-    except OSError as error:
-        raise InputError(f"cannot write to {output}: {error.strerror or error}.") from error
-    except KeyboardInterrupt:
-        log.info("what was measured is kept in %s; the same command goes on from there", output / KEPT)
-        raise
+    with TemporaryDirectory(prefix="reelrt-quality-") as scratch:
+        one = Side.open(reference)
+        other = Side.open(candidate, Path(scratch) if emulate_fp16 else None)
+        kept = Kept(output / KEPT, one, other, settings)
+        runs = _compared(one, other, asked, counts, settings, kept, progress)
     geometry = pipeline.geometry
     settings = {
         "prompts": len(asked),
@@ -155,8 +147,45 @@ def evaluate_quality(
     }
     document = summed_up(one, other, settings, runs, machine or {})
     files = _write(output, document, runs, attached)
-    kept.forget(asked, counts)
-    return Quality(document, Report.from_json(document), files)
+    if forget:
+        kept.forget()
+    return Quality(document, Report.from_json(document), files, kept.bytes)
+
+
+def _compared(
+    reference: Side,
+    candidate: Side,
+    asked: Sequence[Asked],
+    steps: Sequence[int],
+    settings: Mapping[str, Any],
+    kept: Kept,
+    progress: Progress,
+) -> list[Run]:
+    """Every pair, measured now or before.
+
+    Raises:
+        InputError: A pair cannot be kept.
+    """
+    found = sum(kept.path(each, count).exists() for count in steps for each in asked)
+    if found:
+        log.info("%d of %d pairs of videos were measured before", found, len(asked) * len(steps))
+    try:
+        return compare(
+            reference,
+            candidate,
+            asked,
+            steps=steps,
+            guidance=settings["guidance"],
+            solver=settings["solver"],
+            judged=settings["adherence"],
+            kept=kept,
+            progress=progress,
+        )
+    except OSError as error:
+        raise InputError(f"cannot write to {kept.folder}: {error.strerror or error}.") from error
+    except KeyboardInterrupt:
+        log.info("what was measured is kept in %s; the same command goes on from there", kept.folder)
+        raise
 
 
 def _check_packages() -> None:
@@ -210,9 +239,9 @@ def _judged(model: str, asked: Sequence[Asked], numbered: bool, wanted: bool | N
         )
     if wanted and unread is not None:
         raise InputError(f"adherence cannot be judged: {unread!r} is no sentence about moving shapes.")
-    if wanted is False:
-        return False, "--no-adherence"
-    if wanted is None and not shapes:
+    if wanted is False and shapes and unread is None:
+        return False, REFUSED
+    if wanted is not True and not shapes:
         return False, f"the judge knows moving shapes only, and the model is {model}"
     if unread is not None:
         return False, f"the judge knows moving shapes only, and one prompt is {unread!r}"

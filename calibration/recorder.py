@@ -83,8 +83,17 @@ class Recorder:
         self.started: Float32 = np.zeros((1, 1, 1, 1), np.float32)
         self._listener: Listener | None = None
 
-    def denoise(self, prompt: str, *, steps: int, guidance: float, seed: int) -> Float32:
-        """Take a prompt through the loop, at the model's own size and with its own solver.
+    def denoise(
+        self,
+        prompt: str,
+        *,
+        steps: int,
+        guidance: float,
+        seed: int,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+    ) -> Float32:
+        """Take a prompt through the loop with the model's own solver, at its own size if no other is given.
 
         Returns:
             The final latents, float32 [C, F, h, w]; nothing is decoded.
@@ -100,8 +109,8 @@ class Recorder:
             steps=steps,
             guidance=guidance,
             seed=seed,
-            frames=None,
-            size=None,
+            frames=frames,
+            size=size,
             solver=None,
             latents=None,
         )

@@ -13,22 +13,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from reelrt.bundle.files import atomic_files
 from reelrt.bundle.manifest import Bundle
-from reelrt.calibration import qdq
 from reelrt.calibration.layers import Layer
+from reelrt.calibration.qdq import Quantised
 from reelrt.calibration.recorder import Recorder
 from reelrt.calibration.trajectories import Trajectories
 from reelrt.errors import InputError
 from reelrt.progress import Progress, silent
 from reelrt.runtime.session import Float32
-
-if TYPE_CHECKING:
-    import onnx
 
 STEPS, PROMPTS = 4, 1
 """Solver steps and prompts of a layer's measurement."""
@@ -98,7 +95,7 @@ def check_budget(budget: float) -> None:
 def sweep(
     bundle: Bundle,
     trajectories: Trajectories,
-    model: onnx.ModelProto,
+    quantised: Quantised,
     layers: Sequence[Layer],
     file: Path,
     *,
@@ -112,7 +109,7 @@ def sweep(
     Args:
         bundle: The FP32 bundle.
         trajectories: Where noise and prompts come from.
-        model: The step graph with every layer quantised, weights still floats.
+        quantised: The step graph whose layers can be quantised one by one.
         layers: What to measure.
         file: The JSON to write and to go on from.
         method: How the ranges were found.
@@ -131,6 +128,8 @@ def sweep(
         "prompts": trajectories.settings.prompts[:prompts],
         "seed": trajectories.settings.seed,
         "samples": len(trajectories),
+        **({"size": trajectories.settings.size} if trajectories.settings.size else {}),
+        **({"frames": trajectories.settings.frames} if trajectories.settings.frames else {}),
     }
     errors = _begun(file, settings)
     reference: list[Float32] = []
@@ -140,25 +139,14 @@ def sweep(
             if layer.name in errors:
                 continue
             reference = reference or final_latents(bundle, None, trajectories, steps, prompts)
-            graph = write_variant(model, layer.nodes, Path(folder) / "step.onnx")
+            graph = Path(folder) / "step.onnx"
+            quantised.write(layer.nodes, graph)
             found = final_latents(bundle, graph, trajectories, steps, prompts)
             errors[layer.name] = relative_error(found, reference)
             with atomic_files([file]) as (path,):
                 path.write_text(json.dumps({**settings, "errors": errors}, indent=1) + "\n", encoding="utf-8")
     progress("sensitivity", len(layers), len(layers))
     return Sensitivity({layer.name: errors[layer.name] for layer in layers}, steps, prompts, method)
-
-
-def write_variant(model: onnx.ModelProto, nodes: Sequence[str], path: Path) -> Path:
-    """Write a graph in which only some nodes are quantised."""
-    import onnx
-
-    variant = onnx.ModelProto()
-    variant.CopyFrom(model)
-    qdq.restrict(variant, set(nodes))
-    qdq.fold_weights(variant)
-    qdq.save(variant, path)
-    return path
 
 
 def final_latents(
@@ -175,7 +163,14 @@ def final_latents(
     """
     recorder, settings = Recorder(bundle, graph), trajectories.settings
     return [
-        recorder.denoise(prompt, steps=steps, guidance=settings.guidance, seed=settings.seed + number)
+        recorder.denoise(
+            prompt,
+            steps=steps,
+            guidance=settings.guidance,
+            seed=settings.seed + number,
+            size=settings.size,
+            frames=settings.frames,
+        )
         for number, prompt in enumerate(settings.prompts[:prompts])
     ]
 

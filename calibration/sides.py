@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from reelrt.bundle.files import sha256, verify
-from reelrt.bundle.manifest import MANIFEST, SCHEDULES, Bundle, EngineSet, kind_of
+from reelrt.bundle.manifest import MANIFEST, SCHEDULES, Bundle, EngineSet, check_either, kind_of
 from reelrt.bundle.report import coarsest
 from reelrt.bundle.schedule import Cfg, Schedule, first_passes
+from reelrt.calibration.emulated import emulate_fp16
 from reelrt.errors import BackendError, InputError
 from reelrt.runtime.pipeline import TextToVideo
 from reelrt.runtime.request import Limits
@@ -26,6 +27,7 @@ from reelrt.runtime.video import Video
 
 GEOMETRY = ("latent_channels", "spatial_scale", "tokens", "text_width", "frames", "height", "width")
 """What of a model's geometry has to be alike for two trajectories to be comparable."""
+EMULATED = "FP16 emulated: inputs, weights and result of each layer rounded to FP16, sums in FP32"
 SCHEDULE_TOLERANCE = 1e-6
 """Largest difference of two schedules' coefficients: another version of the scheduler rounds otherwise."""
 
@@ -102,6 +104,7 @@ class Side:
         sha256: Of its manifest.
         pipe: It, loaded.
         recorder: What its step loop reports to.
+        emulated: Whether what it has in FP32 computes as FP16 would; see `reelrt.calibration.emulated`.
     """
 
     folder: Path
@@ -109,18 +112,35 @@ class Side:
     sha256: str
     pipe: TextToVideo
     recorder: Recorder
+    emulated: bool = False
 
     @classmethod
-    def open(cls, folder: Path) -> Side:
+    def open(cls, folder: Path, emulated: Path | None = None) -> Side:
         """Open one.
 
+        Args:
+            folder: A bundle or an engine set.
+            emulated: An empty folder for the graphs that compute as FP16 would, if they shall; only a
+                bundle's can. It has to last as long as the side.
+
         Raises:
+            InputError: A bundle that cannot be emulated.
             IntegrityError: As `reelrt.runtime.unbuilt.open_pipeline`, as are the other errors.
         """
         recorder = Recorder()
-        pipe = open_pipeline(folder, wrap=recorder.wrap)
+        if emulated is not None:
+            emulate_fp16(Bundle.load(folder), emulated)
+        pipe = open_pipeline(emulated or folder, wrap=recorder.wrap)
         recorder.cfg = pipe.engines.pipeline.cfg
-        return cls(folder, kind_of(folder), sha256(folder / MANIFEST), pipe, recorder)
+        kind, digest = kind_of(folder), sha256(folder / MANIFEST)
+        return cls(folder, kind, digest, pipe, recorder, emulated is not None)
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        """Stage to the precision that its arithmetic stands for."""
+        found = {name: engine.precision for name, engine in self.pipe.engines.engines.items()}
+        half = {"fp32": "fp16"} if self.emulated else {}
+        return {name: half.get(precision, precision) for name, precision in found.items()}
 
     def generate(
         self, prompt: str, *, seed: int, steps: int, guidance: float, solver: str
@@ -144,12 +164,13 @@ class Side:
             "folder": self.folder.resolve().name,
             "kind": self.kind,
             "sha256": self.sha256,
-            "bundle_sha256": engines.bundle,
+            "bundle_sha256": self.sha256 if self.kind == Bundle.kind else engines.bundle,
             "model": engines.pipeline.model.name,
             "model_sha256": engines.pipeline.model.sha256,
             "licence": engines.pipeline.model.licence,
-            "precision": precision(engines),
-            "precisions": {name: engine.precision for name, engine in engines.engines.items()},
+            "precision": coarsest(self.precisions.values()),
+            "precisions": self.precisions,
+            **({"arithmetic": EMULATED} if self.emulated else {}),
             "weight_bytes": sum(engine.weight_bytes for engine in engines.engines.values()),
             "cfg": engines.pipeline.cfg,
             "backend": f"{engines.backend} {engines.backend_version}",
@@ -168,6 +189,7 @@ def read(folder: Path) -> EngineSet:
     Raises:
         IntegrityError: Neither a bundle nor an engine set, or its schedules are damaged.
     """
+    check_either(folder)
     if kind_of(folder) == EngineSet.kind:
         found = EngineSet.load(folder, check=False)
     else:

@@ -24,13 +24,14 @@ from safetensors.numpy import save
 from reelrt.bundle.files import atomic_files
 from reelrt.bundle.manifest import TOKENIZER, Bundle, Pipeline
 from reelrt.bundle.schedule import first_passes
-from reelrt.bundle.spec import Geometry
 from reelrt.calibration.recorder import Feed, Recorder
 from reelrt.errors import InputError, IntegrityError
 from reelrt.progress import Progress, silent
 from reelrt.runtime.noise import check_seed
+from reelrt.runtime.request import Limits
 from reelrt.runtime.session import Array, Float32
 from reelrt.runtime.text import Tokenizer
+from reelrt.runtime.unbuilt import as_engines
 
 SAMPLES_PER_PROMPT = 4
 """Solver steps that are kept of each prompt; with split guidance each gives two samples."""
@@ -71,6 +72,8 @@ class Settings:
         samples_per_prompt: Solver steps kept of each.
         guidance: Guidance scale.
         seed: Of the first video's noise; the next one takes the next.
+        size: Width and height in pixels; None for the model's own.
+        frames: None for the model's own.
     """
 
     bundle: str
@@ -80,6 +83,8 @@ class Settings:
     samples_per_prompt: int
     guidance: float
     seed: int
+    size: tuple[int, int] | None = None
+    frames: int | None = None
 
 
 class Trajectories:
@@ -190,18 +195,22 @@ def record(
     samples_per_prompt: int = SAMPLES_PER_PROMPT,
     guidance: float | None = None,
     seed: int = 0,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
     progress: Progress = silent,
 ) -> Trajectories:
     """Record the trajectories of prompts; goes on where an equal recording was stopped.
 
     Args:
         bundle_folder: The bundle, FP32.
-        prompts: What to generate, at the model's own size and with its own solver.
+        prompts: What to generate, with the model's own solver.
         folder: Where to keep them; made if missing.
         steps: Solver steps of each video.
         samples_per_prompt: Solver steps to keep of each, at most `steps`.
         guidance: Guidance scale. Default: the model's own.
         seed: Of the first video's noise; the next one takes the next.
+        size: Width and height in pixels. Default: the model's own. Ranges can be found at a small one.
+        frames: Of each video. Default: the model's own.
         progress: Told of the prompts that are done, as `trajectories`.
 
     Raises:
@@ -219,8 +228,10 @@ def record(
         samples_per_prompt=samples_per_prompt,
         guidance=bundle.pipeline.guidance if guidance is None else guidance,
         seed=seed,
+        size=size,
+        frames=frames,
     )
-    _check(settings)
+    _check(settings, bundle)
     _prepare(folder, settings, bundle)
     missing = [number for number in range(len(prompts)) if not _path(folder, number).exists()]
     progress("trajectories", len(prompts) - len(missing), len(prompts))
@@ -238,7 +249,12 @@ def record(
 
             with recorder.listen(keep):
                 latents = recorder.denoise(
-                    prompts[number], steps=steps, guidance=settings.guidance, seed=seed + number
+                    prompts[number],
+                    steps=steps,
+                    guidance=settings.guidance,
+                    seed=seed + number,
+                    size=size,
+                    frames=frames,
                 )
             ids = np.stack([tokenizer(text).ids for text in ("", prompts[number])])
             with atomic_files([_path(folder, number)]) as (path,):
@@ -272,6 +288,8 @@ def estimate_bytes(
     prompts: int,
     samples_per_prompt: int = SAMPLES_PER_PROMPT,
     guidance: float | None = None,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
 ) -> int:
     """Bytes that `record` will write.
 
@@ -280,21 +298,22 @@ def estimate_bytes(
         prompts: Number of prompts.
         samples_per_prompt: Solver steps kept of each.
         guidance: Guidance scale. Default: the model's own.
+        size: Width and height in pixels. Default: the model's own.
+        frames: Of each video. Default: the model's own.
     """
     geometry = pipeline.geometry
-    latents = 4 * geometry.latent_channels * geometry.frames * _cells(geometry)
+    width, height = size or (geometry.width, geometry.height)
+    cells = (height // geometry.spatial_scale) * (width // geometry.spatial_scale)
+    latents = 4 * geometry.latent_channels * (frames or geometry.frames) * cells
     passes = 2 if pipeline.cfg == "split" and (guidance or pipeline.guidance) != 1 else 1
     sample = latents * geometry.state_rows + 4 * geometry.table_columns + 8
     text = 2 * geometry.tokens * (4 * geometry.text_width + 8)
     return prompts * (samples_per_prompt * passes * sample + 2 * latents + text)
 
 
-def _cells(geometry: Geometry) -> int:
-    return (geometry.height // geometry.spatial_scale) * (geometry.width // geometry.spatial_scale)
-
-
-def _check(settings: Settings) -> None:
+def _check(settings: Settings, bundle: Bundle) -> None:
     check_seed(settings.seed)
+    Limits(as_engines(bundle)).latent_shape(settings.frames, settings.size)
     if not settings.prompts:
         raise InputError("there are no prompts to record.", "Give a file with one prompt per line.")
     if settings.steps < 1:
@@ -316,7 +335,12 @@ def _prepare(folder: Path, settings: Settings, bundle: Bundle) -> None:
             "Name another folder with --work, or remove that one.",
         )
     needed = estimate_bytes(
-        bundle.pipeline, len(settings.prompts), settings.samples_per_prompt, settings.guidance
+        bundle.pipeline,
+        len(settings.prompts),
+        settings.samples_per_prompt,
+        settings.guidance,
+        settings.size,
+        settings.frames,
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -338,7 +362,9 @@ def _read_settings(folder: Path) -> Settings | None:
     path = folder / DOCUMENT
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return Settings(**{**data, "prompts": tuple(data["prompts"])})
+        size = data.get("size")
+        lists = {"prompts": tuple(data["prompts"]), "size": None if size is None else tuple(size)}
+        return Settings(**{**data, **lists})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

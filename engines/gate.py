@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from reelrt.bundle.manifest import Bundle
-from reelrt.bundle.report import PROMPTS, QUALITY, REFERENCE, Report, coarsest, is_int8
+from reelrt.bundle.report import (
+    LEAST_PROMPTS,
+    PROMPTS,
+    QUALITY,
+    REFERENCE,
+    REFUSED,
+    Report,
+    coarsest,
+    is_int8,
+)
 from reelrt.errors import IntegrityError, QualityError
 
 log = logging.getLogger("reelrt")
@@ -42,8 +51,8 @@ def check_quality(bundle: Bundle, gate: bool = True) -> Passed:
             need none; a report that belongs to one is kept all the same.
 
     Raises:
-        QualityError: The report is missing, belongs to another bundle, is not against FP32, or
-            misses a target.
+        QualityError: The report is missing, belongs to another bundle, is not against FP32, leaves out
+            what could be measured, has too few prompts or misses a target.
         IntegrityError: The report cannot be read.
     """
     precision = coarsest(stage.precision for stage in bundle.stages.values())
@@ -108,6 +117,17 @@ def _check(bundle: Bundle, report: Report | None, precision: str) -> None:
         raise QualityError(
             f"{bundle.folder / QUALITY} tests no target: its reference {report.reference} is "
             f"{report.against}, and the targets are against {REFERENCE}.",
+            f"{measure} {WITHOUT}",
+        )
+    if report.prompts < LEAST_PROMPTS:
+        raise QualityError(
+            f"{bundle.folder / QUALITY} was measured over {report.prompts} prompts; {LEAST_PROMPTS} are the "
+            f"least, and the targets are stated for {PROMPTS}.",
+            f"{measure} {WITHOUT}",
+        )
+    if report.left_out == REFUSED:
+        raise QualityError(
+            f"{bundle.folder / QUALITY} was measured with {REFUSED}, and this model's adherence can be.",
             f"{measure} {WITHOUT}",
         )
     if report.missed:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reelrt.bundle.files import verify
-from reelrt.bundle.manifest import SCHEDULES, Bundle, EngineSet, Pipeline, kind_of
+from reelrt.bundle.manifest import SCHEDULES, Bundle, EngineSet, Pipeline, check_either, kind_of
 from reelrt.bundle.report import QUALITY, Report
 from reelrt.bundle.schedule import Schedules
 from reelrt.bundle.spec import Profile, StageSpec, TensorSpec
@@ -33,6 +33,7 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises:
         IntegrityError: There is no manifest, or it cannot be read.
     """
+    check_either(folder)
     return _engine_set(folder) if kind_of(folder) == EngineSet.kind else _bundle(folder)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from reelrt.console import Debug, Json, command, note, progress_bars, show
+from reelrt.console import Debug, Json, command, note, parse_size, progress_bars, show
 from reelrt.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,9 +34,22 @@ def calibrate(
         Path | None,
         typer.Option(metavar="FILE", help="One prompt per line.", show_default="a set that ships"),
     ] = None,
-    method: Annotated[Method, typer.Option(help="How an INT8 range is found.")] = "percentile",
+    method: Annotated[
+        Method | None, typer.Option(help="How an INT8 range is found.", show_default="percentile")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Solver steps kept of each prompt.")] = 2,
     steps: Annotated[int, typer.Option(help="Denoising steps of each prompt.")] = 25,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WxH",
+            help="Size to record at; ranges of a large model can be found at a small one.",
+            show_default="the model's",
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames of each video.", show_default="the model's")
+    ] = None,
     budget: Annotated[
         float | None,
         typer.Option(
@@ -46,11 +59,30 @@ def calibrate(
         ),
     ] = None,
     error: Annotated[
-        float, typer.Option(help="FP16: most that it may change in one layer's output, relative to it.")
-    ] = 0.01,
+        float | None,
+        typer.Option(
+            help="Most that FP16 may change in one layer's output, relative to it.", show_default="0.01"
+        ),
+    ] = None,
+    audit: Annotated[
+        bool | None,
+        typer.Option(
+            "--audit/--no-audit",
+            help="INT8: look for layers beside the INT8 ones that FP16 would harm.",
+            show_default="audit",
+        ),
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Layers to keep in FP32 as well: a regular expression."),
+    ] = None,
+    smooth: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ALPHA",
+            help="Measure SmoothQuant for each matrix product and use it where the error gets smaller.",
+            show_default="not measured",
+        ),
     ] = None,
     work: Annotated[
         Path | None,
@@ -64,11 +96,22 @@ def calibrate(
     """Run real prompts through the real loop, and make an INT8 or FP16 bundle of what they show."""
     from reelrt.bundle.files import check_replaceable
     from reelrt.bundle.manifest import Bundle
+    from reelrt.calibration.audit import ERROR
     from reelrt.calibration.prompt_sets import default_prompts, read_prompts, warn_if_alike
     from reelrt.calibration.trajectories import estimate_bytes, record
 
     began = time.monotonic()
-    _check_options(precision, samples, steps, budget, keep or [])
+    given = {
+        "--method": method,
+        "--budget": budget,
+        "--keep": keep,
+        "--smooth": smooth,
+        "--error": error,
+        "--audit": audit,
+    }
+    _check_options(precision, samples, steps, {name for name, value in given.items() if value is not None})
+    wanted = parse_size(size)
+    _check_values(budget, keep or [], smooth, error, audit)
     source = Bundle.load(bundle)
     if output.resolve() == bundle.resolve():
         raise InputError(f"{output} is the bundle itself.", "Name another folder to write to.")
@@ -78,12 +121,16 @@ def calibrate(
         "bundle": source.sha256,
         "precision": precision,
         "prompts": words,
-        "method": method,
+        "method": method or "percentile",
         "samples": samples,
         "steps": steps,
+        "size": None if wanted is None else list(wanted),
+        "frames": frames,
         "budget": budget,
-        "error": error,
+        "error": ERROR if error is None else error,
+        "audit": audit is not False,
         "keep": keep or [],
+        "smooth": smooth,
         "seed": seed,
     }
     if not force and _is_calibrated(output, request):
@@ -94,11 +141,19 @@ def calibrate(
     else:
         warn_if_alike(words)
         folder = work or output.with_name(f"{output.name}.work")
-        size = estimate_bytes(source.pipeline, len(words), samples)
-        note(f"Prompts: {len(words)}; their trajectories take up to {size / 2**20:,.1f} MiB in {folder}")
+        room = estimate_bytes(source.pipeline, len(words), samples, size=wanted, frames=frames)
+        note(f"Prompts: {len(words)}; their trajectories take up to {room / 2**20:,.1f} MiB in {folder}")
         with progress_bars() as progress:
             trajectories = record(
-                bundle, words, folder, steps=steps, samples_per_prompt=samples, seed=seed, progress=progress
+                bundle,
+                words,
+                folder,
+                steps=steps,
+                samples_per_prompt=samples,
+                seed=seed,
+                size=wanted,
+                frames=frames,
+                progress=progress,
             )
             report = _calibrate(source, trajectories, output, request, folder, progress)
         _remember(output, request)
@@ -115,29 +170,61 @@ def calibrate(
         show({"wrote": str(output), "took_seconds": seconds, **_brief(report), "stages": sizes}, as_json)
 
 
-def _check_options(
-    precision: str, samples: int, steps: int, budget: float | None, keep: Sequence[str]
-) -> None:
+APPLIES: Mapping[str, Sequence[Precision]] = {
+    "--method": ("int8",),
+    "--budget": ("int8",),
+    "--keep": ("int8",),
+    "--smooth": ("int8",),
+    "--audit": ("int8", "int8-weights"),
+    "--error": ("int8", "int8-weights", "fp16"),
+}
+"""Option to the precisions that it means something for."""
+
+
+def _check_options(precision: Precision, samples: int, steps: int, given: Collection[str]) -> None:
     """Refuse impossible options before anything is recorded.
 
     Raises:
         InputError: The message names the option and its value.
     """
-    from reelrt.calibration.layers import check_patterns
-    from reelrt.calibration.sensitivity import check_budget
-
     if steps < 1:
         raise InputError(f"steps {steps} is not possible: give 1 or more.")
     if not 1 <= samples <= steps:
         raise InputError(
             f"{samples} samples per prompt are not possible with {steps} steps: give 1 to {steps}."
         )
+    for option, precisions in APPLIES.items():
+        if option in given and precision not in precisions:
+            names = " or ".join(precisions)
+            raise InputError(f"{option} is for --precision {names}, not for {precision}.", "Leave it out.")
+
+
+def _check_values(
+    budget: float | None,
+    keep: Sequence[str],
+    smooth: float | None,
+    error: float | None,
+    audit: bool | None,
+) -> None:
+    """Refuse impossible values of options that apply.
+
+    Raises:
+        InputError: The message names the option and its value.
+    """
+    from reelrt.calibration.fp16 import check_error
+    from reelrt.calibration.layers import check_patterns
+    from reelrt.calibration.sensitivity import check_budget
+    from reelrt.calibration.smoothing import check_alpha
+
     if budget is not None:
         check_budget(budget)
     check_patterns(keep)
-    if precision != "int8" and (budget is not None or keep):
-        option = "--keep" if budget is None else "--budget"
-        raise InputError(f"{option} is for --precision int8, not for {precision}.", "Leave it out.")
+    if smooth is not None:
+        check_alpha(smooth)
+    if error is not None:
+        check_error(error)
+        if audit is False:
+            raise InputError("--error says what the audit allows, and --no-audit leaves it out.", "Give one.")
 
 
 def _calibrate(
@@ -156,10 +243,13 @@ def _calibrate(
         return _read(output)
     from reelrt.calibration.bundles import calibrate_int8, calibrate_weights
 
+    allowed = request["error"] if request["audit"] else None
     if request["precision"] == "int8-weights":
         from reelrt.engines.weight_only import quantize_weights
 
-        return calibrate_weights(bundle, trajectories, output, quantize_weights, progress=progress).report
+        return calibrate_weights(
+            bundle, trajectories, output, quantize_weights, fp16_error=allowed, progress=progress
+        ).report
     return calibrate_int8(
         bundle,
         trajectories,
@@ -167,6 +257,8 @@ def _calibrate(
         method=request["method"],
         budget=request["budget"],
         keep=request["keep"],
+        smooth=request["smooth"],
+        fp16_error=allowed,
         work=work,
         progress=progress,
     ).report
@@ -219,6 +311,13 @@ def _brief(report: Mapping[str, Any]) -> dict[str, Any]:
         more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
         listed = f"FP32 for {'; '.join(kept[:3])}{more}" if kept else "FP16 throughout"
         brief[name.replace("_", " ")] = f"{found['layers']} layers measured, {listed}"
+    if report.get("smoothing"):
+        smoothed = report["smoothing"]
+        brief["smoothed"] = (
+            f"{smoothed['used']} of {len(smoothed['layers'])} products, alpha {smoothed['alpha']:g}"
+        )
+    if "fp16_audit" in report:
+        brief["beside INT8"] = _beside(report["fp16_audit"])
     for name, found in report.get("other_stages", {}).items():
         if found["error"] is None:
             brief[name.replace("_", " ")] = f"FP32: {found['why']}"
@@ -228,3 +327,11 @@ def _brief(report: Mapping[str, Any]) -> dict[str, Any]:
             f"{verdict}, {found['measured']} {found['error']:.2%}, allowed {found['allowed']:.0%}"
         )
     return brief
+
+
+def _beside(audit: Mapping[str, Any] | None) -> str:
+    """What the FP16 audit said of the layers that are not INT8."""
+    if audit is None:
+        return "not audited for FP16"
+    kept = ", ".join(f"{count} of {name}" for name, count in audit["kept_fp32"].items() if count)
+    return f"FP16 but for {kept}" if kept else "FP16 throughout"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from reelrt.jetson.targets import Target
 
 PlanPrecision = Literal["fp32", "fp16", "int8", "int8-weights"]
+STEPS = 25
 
 
 @command
@@ -39,12 +40,12 @@ def plan(
         str | None, typer.Option(metavar="WxH", help="Picture, in pixels.", show_default="the model's")
     ] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames.", show_default="the model's")] = None,
-    batch: Annotated[int, typer.Option(help="Videos at once.")] = 1,
+    batch: Annotated[int | None, typer.Option(help="Videos at once.", show_default="1")] = None,
     precision: Annotated[
         PlanPrecision | None,
         typer.Option(help="What the step runs in.", show_default="what the target's backend builds"),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="25")] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; 1 is none.", show_default="the model's")
     ] = None,
@@ -56,15 +57,22 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say whether a video fits a device, what would make it fit, and the least time it can take there."""
-    from reelrt.bundle.manifest import Bundle, EngineSet, kind_of
+    from reelrt.bundle.manifest import Bundle, EngineSet, check_either, kind_of
     from reelrt.engines.memory import Planner, Video, plan_of_engines
 
     wanted = parse_size(size)
+    check_either(folder)
     if kind_of(folder) == EngineSet.kind:
-        if (size, frames, engines) != (None, None, None):
-            raise InputError(
-                "engines are planned at the size they were built for.", "Give the bundle instead."
-            )
+        given = {
+            "--size": size,
+            "--frames": frames,
+            "--batch": batch,
+            "--precision": precision,
+            "--steps": steps,
+            "--guidance": guidance,
+            "--engines": engines,
+        }
+        _refuse([name for name, value in given.items() if value is not None])
         alone = EngineSet.load(folder, check=False)
         _finish(_document(plan_of_engines(alone, _target(target or alone.target))), as_json)
         return
@@ -79,11 +87,11 @@ def plan(
         width=width,
         height=height,
         frames=geometry.frames if frames is None else frames,
-        batch=batch,
+        batch=1 if batch is None else batch,
         precision=precision or _precision(source, aim),
         cfg=source.pipeline.cfg,
     )
-    schedule = source.schedules.get(source.pipeline.solver, steps)
+    schedule = source.schedules.get(source.pipeline.solver, STEPS if steps is None else steps)
     planner = Planner(source, aim, built)
     made = planner.plan(video)
     remedies = [] if made.fits["all"] else planner.remedies(video)
@@ -94,6 +102,20 @@ def plan(
     if built is not None:
         document["builder"] = _compare(planner, built)
     _finish(document, as_json)
+
+
+def _refuse(given: Sequence[str]) -> None:
+    """Refuse options that mean nothing for engines alone.
+
+    Raises:
+        InputError: The message names them.
+    """
+    if given:
+        raise InputError(
+            f"{', '.join(given)} cannot be given with an engine set alone: it is planned as it was built, "
+            "and without graphs there is no least time.",
+            "Give the bundle, and the engine set with `--engines`.",
+        )
 
 
 def _finish(document: dict[str, Any], as_json: bool) -> None:

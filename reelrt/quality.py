@@ -43,13 +43,24 @@ def quality(
             show_default="when the model's name begins with moving-shapes",
         ),
     ] = None,
+    emulate_fp16: Annotated[
+        bool,
+        typer.Option(
+            "--emulate-fp16",
+            help="Round what the candidate bundle has in FP32 as its FP16 engines would.",
+        ),
+    ] = False,
     attach: Annotated[
         bool, typer.Option("--attach/--no-attach", help="Put quality.json into the candidate's bundle.")
     ] = True,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Remove the measured pairs when the report is written.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Measure how close a candidate's videos are to a reference's, and write a report."""
+    from reelrt.calibration.pairs import KEPT
     from reelrt.calibration.quality import STEPS, evaluate_quality
 
     began = time.monotonic()
@@ -64,11 +75,18 @@ def quality(
             solver=solver,
             seed=seed,
             adherence=adherence,
+            emulate_fp16=emulate_fp16,
             attach=attach,
+            forget=forget,
             machine=_machine(),
             progress=progress,
         )
-    head = {"wrote": [str(file) for file in found.files], "seconds": time.monotonic() - began}
+    kept = output / KEPT
+    head = {
+        "wrote": [str(file) for file in found.files],
+        "kept": {"folder": str(kept), "bytes": found.kept_bytes} if found.kept_bytes else None,
+        "seconds": time.monotonic() - began,
+    }
     if as_json:
         runs = [
             {name: value for name, value in run.items() if name != "videos"} for run in found.document["runs"]
@@ -76,6 +94,11 @@ def quality(
         show({**found.document, "runs": runs, **head}, as_json)
     else:
         show({**_tables(found.document), "took_seconds": head["seconds"], "wrote": head["wrote"]}, as_json)
+    if found.kept_bytes:
+        note(
+            f"The measured pairs take {found.kept_bytes / 2**20:.1f} MiB in {kept}: more prompts or steps "
+            "go on from them. --forget removes them."
+        )
     for sentence in (*found.document["notes"], *(run["speed"] for run in found.document["runs"])):
         note(sentence)
     for check in found.report.missed:

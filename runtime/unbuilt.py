@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from reelrt.bundle.manifest import Bundle, Engine, EngineSet, kind_of
+from reelrt.bundle.manifest import Bundle, Engine, EngineSet, check_either, kind_of
 from reelrt.bundle.spec import DECODER_FRAMES, MAX_TABLE_ROWS, Profile, Range
 from reelrt.jetson.device import physical_cores
 from reelrt.runtime.ort import CPU, OrtSessions, open_engine
@@ -50,6 +50,7 @@ def open_pipeline(
         CompatibilityError: An engine set of another backend version, device or machine.
         BackendError: No session of this version runs it, or ONNX Runtime cannot open it.
     """
+    check_either(folder)
     if kind_of(folder) == EngineSet.kind:
         engines = EngineSet.load(folder, check)
         sessions = open_sessions(engines, threads)

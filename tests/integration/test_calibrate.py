@@ -14,10 +14,13 @@ import pytest
 from reelrt.bundle.manifest import Bundle
 from reelrt.calibration import qdq
 from reelrt.calibration.bundles import calibrate_int8
-from reelrt.calibration.int8 import METHODS, quantise
+from reelrt.calibration.int8 import quantise
 from reelrt.calibration.layers import find_layers
+from reelrt.calibration.ranges import METHODS, Method
 from reelrt.calibration.recorder import open_graph
-from reelrt.calibration.sensitivity import sweep, write_variant
+from reelrt.calibration.sensitivity import sweep
+from reelrt.calibration.smoothing import candidates, channel_peaks, write_smoothed
+from reelrt.calibration.streaming import measure
 from reelrt.calibration.trajectories import Trajectories, record
 from reelrt.errors import CalibrationError, InputError
 from reelrt.runtime.unbuilt import open_pipeline
@@ -110,7 +113,8 @@ def test_every_method_finds_ranges(place: Path, recorded: Trajectories, method: 
     every = qdq.quantised(model.graph)  # ModelOpt leaves convolutions of a few channels out
     assert len(every) > 0.8 * len(qdq.quantisable(model.graph))
     expected = open_graph(source).run(["state_next"], dict(next(iter(recorded)).inputs))[0]
-    graph = write_variant(model, sorted(every), place / f"{method}.onnx")
+    graph = place / f"{method}.onnx"
+    qdq.Master(model).write(every, graph)
     found = open_graph(graph).run(["state_next"], dict(next(iter(recorded)).inputs))[0]
     assert 0 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.5
 
@@ -129,7 +133,8 @@ def test_stored_int8_weights_compute_the_same(place: Path, recorded: Trajectorie
 
 
 def test_taking_every_pair_away_gives_the_fp32_graph(place: Path, recorded: Trajectories, master) -> None:
-    graph = write_variant(master, [], place / "none.onnx")
+    graph = place / "none.onnx"
+    qdq.Master(master).write([], graph)
     types = {node.op_type for node in onnx.load(graph).graph.node}
     assert not types & {"QuantizeLinear", "DequantizeLinear"}
     feed = dict(next(iter(recorded)).inputs)
@@ -161,7 +166,15 @@ def test_a_sweep_goes_on_where_it_was_stopped(place: Path, recorded: Trajectorie
 
     def run(progress):
         return sweep(
-            bundle, recorded, master, layers, file, method="max", steps=2, prompts=1, progress=progress
+            bundle,
+            recorded,
+            qdq.Master(master),
+            layers,
+            file,
+            method="max",
+            steps=2,
+            prompts=1,
+            progress=progress,
         )
 
     with pytest.raises(KeyboardInterrupt):
@@ -179,12 +192,17 @@ def test_a_sweep_goes_on_where_it_was_stopped(place: Path, recorded: Trajectorie
     assert found.kept(together * 0.999)[:1] == [worst]
     assert set(found.kept(0)) == set(found.errors)
     with pytest.raises(InputError, match="holds the sensitivity of another calibration"):
-        sweep(bundle, recorded, master, layers, file, method="entropy", steps=2, prompts=1)
+        sweep(bundle, recorded, qdq.Master(master), layers, file, method="entropy", steps=2, prompts=1)
 
 
 def test_a_budget_decides_what_stays_fp32(place: Path, recorded: Trajectories) -> None:
     made = calibrate_int8(
-        Bundle.load(place / "bundle"), recorded, place / "budget", method="max", budget=0.001
+        Bundle.load(place / "bundle"),
+        recorded,
+        place / "budget",
+        method="max",
+        budget=0.001,
+        fp16_error=None,
     )
     kept = made.report["layers"]["kept_fp32"]
     assert kept
@@ -275,6 +293,112 @@ def test_nodes_that_cannot_be_quantised_are_named(place: Path, recorded: Traject
     node = next(node.name for node in onnx.load(source).graph.node if node.op_type == "Sin")
     with pytest.raises(CalibrationError, match=rf"none of the 1 nodes of step.onnx: {node} \(Sin\)"):
         quantise(source, [node], lambda: (s.inputs for s in recorded), len(recorded), method="max")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_graph_too_large_for_modelopt_gets_the_same_pairs(
+    place: Path, recorded: Trajectories, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranges found a few tensors at a time, weights from file to file: what ModelOpt would have made."""
+    monkeypatch.setattr("reelrt.calibration.ranges.GROUP_BYTES", 1 << 20)
+    source = place / "bundle" / "step.onnx"
+    model = _quantised(place, recorded, method)
+    theirs = qdq.Master(model)
+    ours = measure(source, theirs.nodes, lambda: (s.inputs for s in recorded), len(recorded), method=method)
+    assert ours.nodes == theirs.nodes
+    # ModelOpt takes 1 for a softmax, and one range for tensors that are joined: never a smaller one.
+    ratios = {name: scale * 127 / ours.ranges[name] for name, scale in _scales(model).items()}
+    assert ratios.keys() == ours.ranges.keys()
+    assert min(ratios.values()) > 0.9
+    assert sum(ratio < 1 + 1e-5 for ratio in ratios.values()) > 0.7 * len(ratios)
+    nodes = sorted(ours.nodes)[::2]
+    paths = [place / f"{kind}-{method}.onnx" for kind in ("theirs", "ours")]
+    sizes = [theirs.write(nodes, paths[0]), ours.write(nodes, paths[1])]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05), "theirs store zero points for each channel"
+    assert [qdq.quantised(onnx.load(path).graph) for path in paths] == [set(nodes)] * 2
+    for sample in list(recorded)[:2]:
+        first, second = (open_graph(path).run(["state_next"], dict(sample.inputs))[0] for path in paths)
+        assert np.linalg.norm(first - second) < 0.1 * np.linalg.norm(first)
+
+
+def _scales(model: onnx.ModelProto) -> dict[str, float]:
+    """Activation to its scale in a graph of ModelOpt's."""
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    return {node.input[0]: float(values[node.input[1]]) for node in pairs if node.input[0] not in values}
+
+
+def test_a_bundle_can_be_made_without_modelopt_reading_it(
+    place: Path, recorded: Trajectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reelrt.calibration.int8.MODELOPT_BYTES", 0)
+    monkeypatch.setattr("reelrt.calibration.int8.quantise", None)
+    made = calibrate_int8(
+        Bundle.load(place / "bundle"), recorded, place / "streamed", method="max", fp16_error=None
+    )
+    assert 0 < made.report["final_latents"]["relative_error"] < 0.5
+    assert made.report["nodes"]["quantised"] > 0.5 * made.report["nodes"]["all"]
+    video = open_pipeline(place / "streamed").generate(PROMPTS[0], steps=1, seed=0)
+    assert np.isfinite(video.latents).all()
+
+
+def test_a_smoothed_graph_computes_the_same(place: Path, recorded: Trajectories) -> None:
+    source = place / "bundle" / "step.onnx"
+    graph = onnx.load(source, load_external_data=False).graph
+    layers = find_layers(graph)
+    able = candidates(graph, layers)
+    peaks = channel_peaks(source, able, lambda: (s.inputs for s in recorded))
+    target = write_smoothed(source, place / "smooth.onnx", able, peaks, 0.5)
+    feed = dict(next(iter(recorded)).inputs)
+    first, second = (open_graph(path).run(["state_next"], feed)[0] for path in (source, target))
+    np.testing.assert_allclose(first, second, rtol=0, atol=1e-5 * np.abs(first).max())
+
+    after = onnx.load(target).graph
+    assert [layer.name for layer in find_layers(after)] == [layer.name for layer in layers]
+    added = [node for node in after.node if node.name.endswith(".smoothed")]
+    assert 0 < len(added) < len(able), "some are folded into a normalization, the others multiply"
+    before = channel_peaks(target, able, lambda: (s.inputs for s in recorded))
+    ratio = [np.ptp(np.log(before[each.name])) / np.ptp(np.log(peaks[each.name])) for each in able]
+    assert np.median(ratio) < 0.8, "channels are more alike"
+
+
+def test_smoothing_is_used_only_where_it_pays(
+    place: Path, recorded: Trajectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = lambda graph, layers: candidates(graph, layers)[:4]  # noqa: E731 (a sweep of all takes long)
+    monkeypatch.setattr("reelrt.calibration.bundles.candidates", few)
+    made = calibrate_int8(
+        Bundle.load(place / "bundle"), recorded, place / "even", method="max", smooth=0.5, fp16_error=None
+    )
+    found = made.report["smoothing"]
+    assert (found["alpha"], len(found["layers"])) == (0.5, 4)
+    for each in found["layers"].values():
+        assert each["used"] == (each["with"] <= 0.95 * each["without"])
+    assert found["used"] == sum(each["used"] for each in found["layers"].values())
+    assert 0 < made.report["final_latents"]["relative_error"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("precision", "words", "sentence"),
+    [
+        ("int8", ("--smooth", 2), "smooth 2.0 is not possible"),
+        ("fp16", ("--smooth", 0.5), "--smooth is for --precision int8, not for fp16"),
+        ("fp16", ("--method", "max"), "--method is for --precision int8, not for fp16"),
+        ("int8-weights", ("--method", "max"), "--method is for --precision int8, not for int8-weights"),
+        ("int8-weights", ("--budget", 0.1), "--budget is for --precision int8, not for int8-weights"),
+        ("fp16", ("--keep", "conv"), "--keep is for --precision int8, not for fp16"),
+        ("fp16", ("--no-audit",), "--audit is for --precision int8 or int8-weights, not for fp16"),
+        ("int8", ("--error", 0.1, "--no-audit"), "--error says what the audit allows"),
+        ("int8", ("--size", "63x64"), "width 63 is not a multiple of 8"),
+        ("int8", ("--frames", 0), "frames 0"),
+    ],
+)
+def test_an_option_that_does_not_apply_is_refused(place: Path, precision, words, sentence) -> None:
+    made = reelrt("calibrate", "bundle", "-o", "refused", "--precision", precision, *words, folder=place)
+    assert made.returncode == 2
+    assert sentence in " ".join(made.stderr.split())
+    assert not (place / "refused").exists()
+    assert not (place / "refused.work" / "trajectories.json").exists()
 
 
 def test_numbers_that_are_not_finite_name_layer_and_step(place: Path, tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ from onnx.reference import ReferenceEvaluator
 
 from reelrt.bundle.manifest import Bundle
 from reelrt.calibration.audit import Feed, audit_stage
+from reelrt.calibration.bundles import calibrate_int8
 from reelrt.calibration.fp16 import REPORT, calibrate_fp16
+from reelrt.calibration.quality import evaluate_quality
 from reelrt.calibration.trajectories import Trajectories, record
 from reelrt.engines.backends import installed
 from reelrt.engines.builder import build_engines
@@ -280,3 +282,28 @@ def test_the_command_writes_the_audit_and_inspect_shows_what_engines_run_in(work
     assert ["step", "convolution", "fp32", "34"] in [line[:4] for line in lines]
     found = json.loads(run_reelrt("inspect", str(work / "engines"), "--json", folder=tmp_path).stdout)
     assert found["stages"]["step"]["layers"]["convolution"]["fp32"]["count"] == 34
+
+
+def test_layers_beside_int8_are_audited_too(sick, trajectories, tmp_path):
+    """The sick layers stay out of INT8, and an engine of the bundle would compute them in FP16."""
+    made = calibrate_int8(sick, trajectories, tmp_path / "int8", method="max", keep=[r"\.ff\."])
+    kept = made.bundle.stages["step"].keep_fp32
+    assert made.report["fp16_audit"]["kept_fp32"]["step"] == len(kept) > 0
+    graph = onnx.load(str(made.bundle.folder / "step.onnx"), load_external_data=False).graph
+    users = {name: node.name for node in graph.node for name in node.input}
+    assert {users[f"{FEED_FORWARD}.{part}"] for part in ("value", "out.weight")} <= set(kept)
+    listed = json.loads((made.bundle.folder / REPORT).read_text())["stages"]["step"]["keep_fp32"]
+    assert [layer["name"] for layer in listed] == list(kept)
+    assert REPORT in made.bundle.files
+
+
+def test_emulated_fp16_shows_the_overflow_and_that_the_audit_ends_it(sick, audited, tmp_path):
+    options = {"prompts": 1, "steps": (1,), "adherence": False, "attach": False, "emulate_fp16": True}
+    with pytest.raises(BackendError, match="numbers that are"):
+        evaluate_quality(sick.folder, sick.folder, tmp_path / "sick", **options)
+    found = evaluate_quality(sick.folder, audited.folder, tmp_path / "audited", **options).document
+    assert found["candidate"]["precisions"] == dict.fromkeys(audited.stages, "fp16")
+    assert found["passed"] is True
+    (run,) = found["runs"]
+    assert 1e-6 < run["latent_error"]["last_step"]["worst"] < 1e-2
+    assert any("FP16 is emulated here" in note for note in found["notes"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from reelrt.bundle.manifest import Bundle
+from reelrt.calibration.sensitivity import final_latents
 from reelrt.calibration.trajectories import (
     Trajectories,
     estimate_bytes,
@@ -67,7 +69,7 @@ def test_a_recording_goes_on_where_it_was_stopped(work: Path, tmp_path: Path) ->
         if done == 1:
             raise KeyboardInterrupt
 
-    options = {"steps": 2, "samples_per_prompt": 1}
+    options: dict[str, Any] = {"steps": 2, "samples_per_prompt": 1}
     with pytest.raises(KeyboardInterrupt):
         record(work / "bundle", PROMPTS, tmp_path, **options, progress=stop)
     with pytest.raises(IntegrityError, match="prompt-0001.safetensors is missing"):
@@ -122,3 +124,21 @@ def test_a_few_prompts_cover_every_step() -> None:
     covered = {step for number in range(16) for step in stratified(25, 4, number)}
     assert covered == set(range(25))
     assert stratified(4, 4, 9) == [0, 1, 2, 3]
+
+
+def test_a_small_size_is_recorded_and_remembered(work: Path, tmp_path: Path) -> None:
+    """Ranges of a model that is slow at its own size."""
+    small: dict[str, Any] = {"steps": 2, "samples_per_prompt": 1, "size": (32, 16), "frames": 2}
+    made = record(work / "bundle", PROMPTS, tmp_path / "small", **small)
+    bundle = Bundle.load(work / "bundle")
+    channels, scale = bundle.pipeline.geometry.latent_channels, bundle.pipeline.geometry.spatial_scale
+    assert made.latents(0).shape == (channels, 2, 16 // scale, 32 // scale)
+    assert Trajectories.load(tmp_path / "small").settings == made.settings
+    written = sum(path.stat().st_size for path in made.folder.glob("*.safetensors"))
+    assert estimate_bytes(bundle.pipeline, len(PROMPTS), 1, size=(32, 16), frames=2) == pytest.approx(
+        written, rel=0.1
+    )
+    found = final_latents(bundle, None, made, 2, 1)
+    np.testing.assert_array_equal(found[0], made.latents(0))
+    with pytest.raises(InputError, match="trajectories with other size"):
+        record(work / "bundle", PROMPTS, tmp_path / "small", **{**small, "size": (16, 16)})

@@ -174,3 +174,21 @@ def test_host_is_planned_from_its_own_memory(folder: Path) -> None:
     found = plan(folder, "--steps", 2)
     assert found["target"] == "host"
     assert found["memory"]["available_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--size", "64x64"),
+        ("--frames", "4"),
+        ("--batch", "2"),
+        ("--precision", "int8"),
+        ("--steps", "4"),
+        ("--guidance", "1"),
+    ],
+)
+def test_engines_alone_take_no_option_that_would_be_ignored(folder: Path, tmp_path: Path, words) -> None:
+    build_engines(folder, tmp_path / "engines", backend="onnxruntime")
+    made = runner.invoke(app, ["plan", str(tmp_path / "engines"), *words])
+    assert made.exit_code == 2
+    assert f"{words[0]} cannot be given with an engine set alone" in " ".join(made.output.split())

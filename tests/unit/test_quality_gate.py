@@ -108,10 +108,33 @@ def test_a_good_report_lets_it_through_and_is_remembered(int8):
 
 
 def test_few_prompts_are_said_aloud(int8, caplog):
-    attach(int8, prompts=3)
+    attach(int8, prompts=16)
     with caplog.at_level(logging.WARNING, "reelrt"):
         check_quality(Bundle.load(int8))
-    assert "over 3 prompts; the targets are stated for 200" in caplog.text
+    assert "over 16 prompts; the targets are stated for 200" in caplog.text
+
+
+def test_too_few_prompts_are_refused(int8):
+    attach(int8, prompts=15)
+    with pytest.raises(QualityError, match="over 15 prompts; 16 are the least, and the targets are stated"):
+        check_quality(Bundle.load(int8))
+    assert check_quality(Bundle.load(int8), gate=False).summary["prompts"] == 15
+
+
+def test_adherence_that_could_be_measured_must_be(int8, caplog):
+    """A model that the judge cannot read is built with a warning; one that it can read is not spared."""
+    attach(int8, points=None)
+    path = int8 / "quality.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for why, refused in (("the judge knows moving shapes only", False), ("--no-adherence", True)):
+        data["settings"]["adherence_left_out"] = why
+        path.write_text(json.dumps(data), encoding="utf-8")
+        if refused:
+            with pytest.raises(QualityError, match="measured with --no-adherence, and this model's"):
+                check_quality(Bundle.load(int8))
+        else:
+            assert check_quality(Bundle.load(int8)).attached
+            assert "adherence to the prompts was not measured" in caplog.text
 
 
 @pytest.mark.parametrize("left", ["nothing", "rubbish", "another's"])
