@@ -60,6 +60,14 @@ engines: $(RUN_READY) ## Engines: MODEL= TARGET=host|rtx3060|orin-agx|... PRECIS
 test: lint ## Check the style and run every test that needs no GPU
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+.PHONY: test-oldest
+test-oldest: $(TEST_READY) ## Run the unit tests with the oldest dependencies that pyproject.toml allows
+	@$(BIN)/python -m tests.oldest $(subst $(comma), ,$(TEST_EXTRAS)) > "$(VENV)/oldest.txt"
+	@"$(PYTHON)" -m venv --clear "$(VENV)-oldest"
+	@"$(VENV)-oldest/bin/python" -m pip install --quiet --editable '.[$(TEST_EXTRAS)]' --constraint "$(VENV)/oldest.txt"
+	@"$(VENV)-oldest/bin/python" -m pip install --quiet --no-deps 'tensorrt-stubs==10.13.*'
+	"$(VENV)-oldest/bin/python" -m pytest -n $(WORKERS) --dist loadfile tests/unit
+
 .PHONY: test-gpu
 test-gpu: $(TEST_READY) ## Run the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest tests/gpu
