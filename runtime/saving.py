@@ -108,6 +108,7 @@ class _Writer:
         self._parts.put(None)
         while not self._over:
             self._wait()
+        self.thread.join()
         if self._error is not None:
             raise self._failure()
 
@@ -117,6 +118,8 @@ class _Writer:
         self._parts.put(None)
         while self.thread.is_alive() and not self._over:
             self._wait()
+        if self._over:
+            self.thread.join()
 
     def _wait(self) -> None:
         """Until a part was encoded, or all is over."""
