@@ -102,13 +102,13 @@ class StepLoop:
         """A copy of a slot's current latents, float32 [C, F, h, w]."""
         return self._session.read(slot.row)
 
-    def view(self, slot: Slot) -> DeviceArray:
-        """A slot's current latents where they lie on the GPU, until the next launch; only there."""
-        return cast("GpuStepSession", self._session).view(slot.row)
-
     def state(self, slot: Slot) -> Float32:
         """A copy of all that a request needs to go on from here, float32 [R, C, F, h, w]."""
         return self._session.read_state(slot.row)
+
+    def view(self, slot: Slot) -> DeviceArray:
+        """A slot's current latents where they lie on the GPU, until the next launch; only there."""
+        return cast("GpuStepSession", self._session).view(slot.row)
 
     def release(self, slot: Slot) -> None:
         """Take a slot out of the batch, finished or not; the last one moves into its row.

@@ -6,13 +6,11 @@ decodes. Which library runs the engines stands behind `reelrt.runtime.session`.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -31,10 +29,10 @@ from reelrt.runtime.memory import peak_memory
 from reelrt.runtime.noise import starting_noise
 from reelrt.runtime.ranges import span
 from reelrt.runtime.request import Job, Limits, plan
-from reelrt.runtime.saving import saving
+from reelrt.runtime.saving import nowhere, saving, targets
 from reelrt.runtime.session import Array, Float32, GpuSessions, Sessions, open_sessions, run_each
 from reelrt.runtime.text import TextEncoder, Tokenizer
-from reelrt.runtime.video import FilePath, Video, check_writable, first_file
+from reelrt.runtime.video import FilePath, Video, first_file
 
 MOST_THREADS = 1024
 CUT_SHOWN = 60
@@ -239,7 +237,7 @@ class TextToVideo:
         )
         if on_device and not isinstance(self._sessions, GpuSessions):
             raise InputError("on_device is for engines of a GPU, and these run on the CPU.")
-        paths = _paths(save_to, prompt, fps)
+        paths = targets(save_to, len(jobs), fps)
         me, told = threading.get_ident(), _checked(progress or silent, should_cancel or (lambda: False))
         if me in self._inside:
             raise InputError("generate was called from its own progress or should_cancel.")
@@ -315,7 +313,7 @@ class TextToVideo:
             began = time.perf_counter()
             if "latents" in kept:
                 kept["frames"] = self._empty_frames(metadata)
-            with _nowhere() if path is None else saving(path, frames, metadata, fps) as take:
+            with nowhere() if path is None else saving(path, frames, metadata, fps) as take:
                 for part in self._decode(latents[None], kept.get("frames")):
                     parts.append(part)
                     take(part)
@@ -340,12 +338,6 @@ class TextToVideo:
         progress("text", len(jobs), len(jobs))
         return requests, time.perf_counter() - began, cuts
 
-    def _empty_frames(self, metadata: Mapping[str, Any]) -> DeviceArray:
-        """Room for a video's frames on the GPU."""
-        assert isinstance(self._sessions, GpuSessions)
-        shape = metadata["frames"], metadata["height"], metadata["width"], 3
-        return self._sessions.empty(shape, np.uint8)
-
     def encode(self, job: Job) -> tuple[Request, dict[str, str]]:
         """What the loop needs of a job, and which words did not fit: `cut`, `negative_cut` or neither.
 
@@ -356,6 +348,12 @@ class TextToVideo:
         cuts = {"cut": cut, "negative_cut": negative_cut}
         request = Request(job.table, np.stack([negative, positive]), job.latents)
         return request, {name: words for name, words in cuts.items() if words}
+
+    def _empty_frames(self, metadata: Mapping[str, Any]) -> DeviceArray:
+        """Room for a video's frames on the GPU."""
+        assert isinstance(self._sessions, GpuSessions)
+        shape = metadata["frames"], metadata["height"], metadata["width"], 3
+        return self._sessions.empty(shape, np.uint8)
 
     def _denoise(self, requests: Sequence[Request], progress: Progress, on_device: bool) -> list[Denoised]:
         """What became of the requests, in their order."""
@@ -431,33 +429,6 @@ def _checked(progress: Progress, should_cancel: Callable[[], bool]) -> Progress:
             raise Cancelled(f"cancelled during {stage}.")
 
     return told
-
-
-def _paths(
-    save_to: FilePath | Sequence[FilePath] | None, prompt: str | Prompts, fps: float
-) -> list[Path | None]:
-    """Where each video shall be written, checked before any work; None is nowhere.
-
-    Raises:
-        InputError: Not as many as there are prompts, one twice, or a place that cannot be written.
-    """
-    count = 1 if isinstance(prompt, str) else len(prompt)
-    if save_to is None:
-        return [None] * count
-    paths = [Path(path) for path in ([save_to] if isinstance(save_to, str | os.PathLike) else save_to)]
-    if len(paths) != count:
-        raise InputError(f"save_to names {len(paths)} files for {count} prompts; give one each.")
-    if len(set(paths)) != count:
-        raise InputError("save_to names a file twice.")
-    for path in paths:
-        check_writable(path, fps)
-    return [*paths]
-
-
-@contextmanager
-def _nowhere() -> Iterator[Callable[[Frames], None]]:
-    """Takes the place of `saving` for a video that is not saved."""
-    yield lambda _part: None
 
 
 def check_finite(latents: Array) -> Float32:

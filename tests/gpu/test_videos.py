@@ -186,8 +186,8 @@ def test_stages_run_beside_the_step_and_change_no_bit(pipe):
 
 
 def test_a_video_is_encoded_while_it_is_decoded(pipe, tmp_path):
-    video = pipe.generate(PROMPTS[0], steps=3, seed=1, save_to=tmp_path / "a.mp4")
-    assert video.path.read_bytes() == video.save(tmp_path / "b.mp4").read_bytes()
+    video = pipe.generate(PROMPTS[0], steps=3, seed=1, save_to=tmp_path / "a.png")
+    assert video.path.read_bytes() == video.save(tmp_path / "b.png").read_bytes()
 
 
 def test_streamed_weights_give_the_same_video(sets, backend):

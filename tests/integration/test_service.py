@@ -73,7 +73,9 @@ def test_jobs_that_share_a_batch_give_the_runtimes_bytes(service, small_pipe, tm
         replace(RED, seed=4, solver="euler"),
     ]
     service.gate.shut()
-    jobs = [service.submit(request) for request in others]
+    jobs = [service.submit(others[0])]
+    assert service.gate.waiting.wait(60)
+    jobs += [service.submit(request) for request in others[1:]]
     while len(service.gate.batches) < 9:
         service.gate.let(1)
         time.sleep(0.05)

@@ -723,3 +723,60 @@ def test_options_that_cannot_be(tmp_path):
     for wrong in ({"slots": 0}, {"queue_size": 0}, {"quota": 0}, {"ageing": 0}, {"remix_points": (1.0,)}):
         with pytest.raises(InputError):
             ServiceOptions(tmp_path, **wrong)
+
+
+def test_a_watcher_that_fails_is_let_go(start):
+    service, gate = start(is_open=False)
+    job = service.submit(RED)
+    calls = []
+
+    def notify():
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("the event loop is closed")
+
+    service.watch(job.id, notify=notify)
+    other = service.watch(job.id)
+    gate.open()
+    assert over(service, job).status == "completed"
+    until(lambda: service.figures().watchers == 1)
+    until(lambda: any(event.kind == "completed" for event in other.take()))
+    other.close()
+
+
+def test_a_cancellation_that_cannot_be_kept_is_no_cancellation(start, monkeypatch):
+    service, gate = start(is_open=False)
+    job = service.submit(RED)
+    running(service, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(service._store, "finish", lambda _: (_ for _ in ()).throw(StorageError("full")))
+        with pytest.raises(StorageError):
+            service.cancel(job.id)
+    gate.open()
+    assert over(service, job).status == "completed"
+
+
+def test_a_failure_that_cannot_be_written_yet_is_told_and_written_later(start, monkeypatch):
+    service, gate = start()
+    gate.faults["step"] += [BackendError("the engine failed.")]
+    with monkeypatch.context() as patch:
+        patch.setattr(service._store, "finish", lambda _: (_ for _ in ()).throw(StorageError("full")))
+        failed = over(service, service.submit(RED))
+        assert (failed.status, failed.error.code) == ("failed", "backend_error")
+        assert service._store.get(failed.id).status == "in_progress"
+    until(lambda: service._store.get(failed.id).status == "failed")
+    assert service.get(failed.id).error == failed.error
+
+
+def test_too_little_memory_for_three_is_room_for_two(start):
+    service, gate = start(is_open=False)
+    jobs = [service.submit(replace(RED, seed=seed)) for seed in range(3)]
+    running(service, 3, gate)
+    gate.faults["step"] += [DeviceMemoryError("100 MiB were wanted and 7 MiB are free.")]
+    gate.open()
+    assert {over(service, job).status for job in jobs} == {"completed"}
+    assert service.models()[0].slots == 2
+    seen = len(gate.batches)
+    later = [service.submit(replace(RED, seed=10 + seed)) for seed in range(4)]
+    assert {over(service, job).status for job in later} == {"completed"}
+    assert max(gate.batches[seen:]) <= 2
