@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import onnx
 
 MODELOPT_BYTES = 1 << 30
-"""Weights up to which ModelOpt does it: it holds them itself, in ONNX Runtime's calibrator and in its result."""
+"""Weights up to which ModelOpt does it: it holds them, ONNX Runtime's calibrator does, and its result does."""
 
 
 def prepare(
