@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import onnx
 
 MODELOPT_BYTES = 1 << 30
-"""Weights up to which ModelOpt does it: it holds them, ONNX Runtime's calibrator does, and its result does."""
+"""Weights up to which ModelOpt does it; it, ONNX Runtime's calibrator and its result each hold them."""
 
 
 def prepare(
