@@ -1,4 +1,4 @@
-"""Smoothing moves large channels into the weights, out of the normalization before them where there is one."""
+"""Smoothing moves large channels into the weights, out of a normalization before them if there is one."""
 
 from __future__ import annotations
 
