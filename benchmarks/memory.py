@@ -6,8 +6,9 @@ Writes a diffusers folder of random weights, exports it, makes INT8 weights of t
 builds every stage with TensorRT-RTX for compute capability 8.6; no GPU is needed. The figures are
 the builder's own (Total Weights Memory, Total Activation Memory) and the sizes of the runtime's
 buffers, for one video, split guidance and one stage resident at a time. What a CUDA context takes
-by itself is not in them. Each piece of work is a process of its own, whose peak host memory the
-kernel says (`wait4`).
+by itself is not in them. INT8 activations come from an FP32 export, calibrated at a small size. Each
+piece of work is a process of its own, whose peak host memory the kernel says (`wait4`); the load average
+beside it says whether anything else ran.
 
 Everything lies in `build/memory/`, and a second run goes on where the first one ended. The last
 line on stdout is JSON; at full size it is also kept in `benchmarks/results/memory.json`, with a
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -173,6 +175,7 @@ def once(folder: Path, what: str, *words: object) -> Record:
         print(f"{what} ...", file=sys.stderr, flush=True)
         line, peak, seconds = worker(*words, "--folder", folder, module="benchmarks.memory")
         data = {**json.loads(line or "{}"), "seconds": round(seconds, 1), "host_peak_bytes": peak}
+        data["load_average"] = round(os.getloadavg()[2], 1)
         record.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     data = json.loads(record.read_text(encoding="utf-8"))
     print(

@@ -9,6 +9,7 @@ it paid alone. Keeps `benchmarks/results/int8-smoothing.json`; a run that was st
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,15 @@ import onnx
 from benchmarks.machine import machine
 from benchmarks.sensitivity import LIBRARIES, METHOD, PROMPTS, STEPS, WORK, Setting, prepare, show
 from reelrt.calibration.layers import Layer, kept_by_default
+from reelrt.calibration.qdq import Master
 from reelrt.calibration.sensitivity import sweep
 from reelrt.calibration.smoothing import Peaks, Smoothing, candidates, channel_peaks, write_smoothed
 
 RESULT = Path(__file__).parent / "results" / "int8-smoothing.json"
-ALPHAS = (0.5, 0.25, 0.75)
+ALPHA = 0.5
+"""At which each layer is measured alone."""
+OTHERS = (0.25, 0.75)
+"""At which only all layers together are measured."""
 
 
 def once(name: str, measure: Callable[[], float]) -> float:
@@ -35,6 +40,13 @@ def once(name: str, measure: Callable[[], float]) -> float:
         found[name] = measure()
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found[name]
+
+
+def even(setting: Setting, layers: list[Layer], peaks: Peaks, alpha: float) -> Master:
+    """The step with every product smoothed, quantised; made once."""
+    with TemporaryDirectory() as folder:
+        graph = write_smoothed(setting.graph, Path(folder) / "step.onnx", layers, peaks, alpha)
+        return setting.quantised(graph, WORK / f"smoothed-{alpha:g}.onnx")
 
 
 def measured(setting: Setting, layers: list[Layer], peaks: Peaks, alpha: float) -> dict[str, Any]:
@@ -49,10 +61,7 @@ def measured(setting: Setting, layers: list[Layer], peaks: Peaks, alpha: float) 
         method=METHOD,
         progress=show,
     )
-    kept = WORK / f"smoothed-{alpha:g}.onnx"
-    with TemporaryDirectory() as folder:
-        graph = write_smoothed(setting.graph, Path(folder) / "step.onnx", layers, peaks, alpha)
-        smoothed = setting.quantised(graph, kept)
+    smoothed = even(setting, layers, peaks, alpha)
     after = sweep(
         setting.bundle,
         setting.trajectories,
@@ -89,16 +98,18 @@ def main() -> None:
         "model": setting.bundle.pipeline.model.name,
         "what": "relative error (RMS) of the final latents; a layer alone: one prompt, 4 steps; together: "
         f"{PROMPTS} prompts, {STEPS} steps, the family's default layers in FP32",
-        "layers": len(layers),
+        "products": len(layers),
         "without": once("without", lambda: setting.error(plain, rule)),
-        "alphas": [],
+        **measured(setting, layers, peaks, ALPHA),
         "machine": machine(*LIBRARIES),
     }
-    for alpha in ALPHAS:
-        result["alphas"].append(measured(setting, layers, peaks, alpha))
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    together = {f"{each['alpha']:g}": each["together"] for each in result["alphas"]}
-    print(json.dumps({"without": result["without"], "together": together}))
+    for alpha in OTHERS:
+        smoothed = even(setting, layers, peaks, alpha)
+        result["together"][f"every layer smoothed, alpha {alpha:g}"] = once(
+            f"every {alpha:g}", functools.partial(setting.error, smoothed, rule)
+        )
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({"without": result["without"], **result["together"]}))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import onnx
 
 MODELOPT_BYTES = 1 << 30
-"""Weights up to which ModelOpt does it; benchmarks/results/memory.json says how often it copies them."""
+"""Weights up to which ModelOpt does it; it, ONNX Runtime's calibrator and its result each hold them."""
 
 
 def prepare(

@@ -165,7 +165,9 @@ def save(model: onnx.ModelProto, path: Path) -> int:
         location=f"{path.name}.data",
         size_threshold=1024,
     )
-    path.with_name(f"{path.name}.data").chmod(path.stat().st_mode)  # onnx hides it from other users
+    data = path.with_name(f"{path.name}.data")
+    if data.exists():  # not where every weight is small
+        data.chmod(path.stat().st_mode)  # onnx hides it from other users
     return weight_bytes(path)
 
 

@@ -356,7 +356,7 @@ def test_a_smoothed_graph_computes_the_same(place: Path, recorded: Trajectories)
     after = onnx.load(target).graph
     assert [layer.name for layer in find_layers(after)] == [layer.name for layer in layers]
     added = [node for node in after.node if node.name.endswith(".smoothed")]
-    assert 0 < len(added) < len(able), "some are folded into a normalization, the others multiply"
+    assert 0 < len(added) <= len(able)
     before = channel_peaks(target, able, lambda: (s.inputs for s in recorded))
     ratio = [np.ptp(np.log(before[each.name])) / np.ptp(np.log(peaks[each.name])) for each in able]
     assert np.median(ratio) < 0.8, "channels are more alike"

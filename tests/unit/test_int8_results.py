@@ -38,3 +38,10 @@ def test_a_budget_is_kept():
     assert len(budgets) == 3
     for budget, each in budgets.items():
         assert each["error"] <= budget
+
+
+def test_smoothing_was_measured_with_and_without():
+    found = kept("int8-smoothing")
+    assert len(found["layers"]) == found["products"]
+    assert sum(each["used"] for each in found["layers"].values()) == found["used"]
+    assert found["together"]["smoothed where it paid alone"] < found["without"]
