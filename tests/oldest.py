@@ -1,8 +1,10 @@
 """Constraints that hold every dependency to the oldest version that pyproject.toml allows.
 
-    python -m tests.oldest EXTRA ... > constraints.txt
+    python -m tests.oldest [EXTRA ...] > constraints.txt
 
-`make test-oldest` installs with them and runs the unit tests, so that a lower bound is one that was tried.
+Without an extra these are the runtime's own. `make test-oldest` installs with them and runs tests, so that
+a lower bound is one that was tried. The runtime's and the tools' are tried apart from each other: the
+oldest diffusers wants a newer safetensors than a device needs.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 def constraints(extras: Sequence[str]) -> Iterator[str]:
-    """`package==version` of the runtime's and some extras' dependencies."""
+    """`package==version` of some extras' dependencies; of the runtime's where there is no extra."""
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
     optional = project["optional-dependencies"]
-    for line in (*project["dependencies"], *(each for extra in extras for each in optional[extra])):
+    for line in [each for extra in extras for each in optional[extra]] or project["dependencies"]:
         requirement = Requirement(line)
         oldest = [bound.version for bound in requirement.specifier if bound.operator == ">="]
         if oldest and (requirement.marker is None or requirement.marker.evaluate()):
