@@ -52,6 +52,7 @@ EXIT_CODES: tuple[tuple[int, str], ...] = (
     (8, "an evaluation is below its minimum, or an INT8 bundle lacks a good quality report"),
     (9, "the plan does not fit the target's memory"),
     (10, "a bundle cannot be calibrated"),
+    (11, "the service cannot take the request, or does not know the job"),
     (130, "interrupted; nothing is left half-written"),
 )
 INPUT_CODE, SYSTEM_CODE, BELOW_MINIMUM_CODE, INTERRUPTED_CODE = 2, 7, 8, 130

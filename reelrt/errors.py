@@ -126,6 +126,45 @@ class DeviceMemoryError(CudaError):
         self.plan = plan
 
 
+class ServiceError(ReelError):
+    """The service cannot take a request now, or knows nothing of what it is about."""
+
+    exit_code = 11
+
+
+class QueueFullError(ServiceError):
+    """The queue has no room.
+
+    Args:
+        message: One sentence.
+        retry_after: Seconds after which there is room, from measured step times.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message, f"Try again in {retry_after:.0f} s.")
+        self.retry_after = retry_after
+
+
+class JobLimitError(QueueFullError):
+    """One owner has as many jobs waiting and running as a key may have."""
+
+
+class NotFoundError(ServiceError):
+    """No such job, model or file, or it is somebody else's."""
+
+
+class ConflictError(ServiceError):
+    """The request contradicts an earlier one: a used idempotency key, a file of a job that is not over."""
+
+
+class StorageError(ServiceError):
+    """The results folder is full, damaged, in use by another service, or its quota is used up."""
+
+
+class StoppingError(ServiceError):
+    """The service is stopping and takes no more requests."""
+
+
 class Cancelled(ReelError):
     """The work was cancelled on request; nothing was left half-written."""
 
