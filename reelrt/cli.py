@@ -27,6 +27,7 @@ from reelrt.console import (
 from reelrt.errors import IntegrityError
 from reelrt.evaluate import evaluate
 from reelrt.plan import plan
+from reelrt.serve import serve
 
 app = typer.Typer(
     name="reelrt",
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(evaluate)
 app.command(epilog=EPILOG)(plan)
+app.command(epilog=EPILOG)(serve)
 
 Precision = Literal["fp32", "fp16"]
 EnginePrecision = Literal["fp32", "fp16", "int8", "int8-weights"]

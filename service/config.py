@@ -22,6 +22,7 @@ from pydantic_settings import (
 
 from reelrt.errors import InputError
 from reelrt.service.guards import is_loopback
+from reelrt.service.options import ServiceOptions
 
 SHORTEST_KEY = 16
 """Characters of an API key: what is shorter is guessed."""
@@ -52,20 +53,32 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port; 0 takes a free one.")
-    grpc_port: int | None = Field(None, ge=0, le=65535, description="Port of the gRPC door; none: no such door.")
+    grpc_port: int | None = Field(
+        None, ge=0, le=65535, description="Port of the gRPC door; none: no such door."
+    )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        (), description="Keys that may use the service; in the environment parted by commas. None: anybody may."
+        (),
+        description="Keys that may use the service; in the environment parted by commas. None: anybody may.",
     )
     data: Path = Field(default_factory=_data_folder, description="Folder of the job store and the results.")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of each engine.")
 
     slots: int = Field(4, ge=1, le=64, description="Most videos in the batch at once.")
     queue: int = Field(64, ge=1, le=10_000, description="Most jobs that wait; more are answered 429.")
-    per_key: int = Field(32, ge=1, le=10_000, description="Most jobs of one key that wait or run.")
-    fps: float = Field(8, ge=0.1, le=1000, description="Frames per second where a request does not say.")
-    preview_every: int = Field(4, ge=0, le=1000, description="Steps between preview pictures; 0: none.")
-    quota_gb: float = Field(10, gt=0, le=100_000, description="Most disk space of the results, in GB.")
-    retention_hours: float = Field(168, gt=0, le=87_600, description="Hours that a finished video is kept.")
+    per_key: int = Field(
+        16, ge=0, le=10_000, description="Most jobs of one key that wait or run; 0: no limit."
+    )
+    preview_every: int = Field(5, ge=0, le=1000, description="Launches between preview pictures; 0: none.")
+    retention_hours: float = Field(
+        168, gt=0, le=87_600, description="Hours that a job and its files are kept."
+    )
+    quota_mb: int = Field(8192, ge=1, le=10**9, description="Most disk space of the results, in MiB.")
+    trajectory_mb: int = Field(
+        256, ge=0, le=10**9, description="Disk space of what remixes go on from, in MiB."
+    )
+    remix_points: Annotated[tuple[float, ...], NoDecode] = Field(
+        (0.25, 0.5, 0.75), description="Shares of the schedule from which a video can be remixed."
+    )
 
     most_body: int = Field(1_048_576, ge=1024, le=2**30, description="Largest request body, in bytes.")
     body_seconds: float = Field(15, gt=0, le=3600, description="Longest time a request body may take.")
@@ -79,6 +92,11 @@ class Settings(BaseSettings):
     def _paths(cls, value: Any) -> Any:
         return tuple(value.split(os.pathsep)) if isinstance(value, str) else value
 
+    @field_validator("remix_points", mode="before")
+    @classmethod
+    def _points(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
     @field_validator("api_keys", mode="before")
     @classmethod
     def _keys(cls, value: Any) -> Any:
@@ -89,7 +107,12 @@ class Settings(BaseSettings):
     def _long_keys(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
         for key in value:
             secret = key.get_secret_value()
-            if len(secret) < SHORTEST_KEY or not secret.isascii() or not secret.isprintable() or " " in secret:
+            if (
+                len(secret) < SHORTEST_KEY
+                or not secret.isascii()
+                or not secret.isprintable()
+                or " " in secret
+            ):
                 raise ValueError(f"a key has at least {SHORTEST_KEY} printable ASCII characters, no space")
         return value
 
@@ -104,6 +127,26 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def options(self) -> ServiceOptions:
+        """What of it concerns the job service.
+
+        Raises:
+            InputError: Remix points that are none.
+        """
+        return ServiceOptions(
+            folder=self.data,
+            slots=self.slots,
+            queue_size=self.queue,
+            jobs_per_owner=self.per_key,
+            preview_every=self.preview_every,
+            retention=self.retention_hours * 3600,
+            quota=self.quota_mb * 2**20,
+            trajectory_bytes=self.trajectory_mb * 2**20,
+            remix_points=self.remix_points,
+            threads=self.threads,
+        )
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """The API keys in the clear."""
         return tuple(key.get_secret_value() for key in self.api_keys)
@@ -111,10 +154,10 @@ class Settings(BaseSettings):
     @classmethod
     def settings_customise_sources(
         cls,
-        settings_cls: type[BaseSettings],
+        settings_cls: type[BaseSettings],  # noqa: ARG003 (pydantic-settings calls by name)
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 (pydantic-settings calls by name)
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, then the environment; `read_settings` adds the file."""

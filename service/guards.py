@@ -18,10 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reelrt.service.refusals import Refusal
 
-OPEN_PATHS = ("/", "/health", "/ready", "/openapi.json", "/docs")
+OPEN_PATHS = ("/", "/health", "/ready", "/openapi.json")
 """What needs no key, beside the page's files: nothing there is anybody's."""
 PAGE = "/page/"
-ANONYMOUS = "anonymous"
+ANONYMOUS = ""
 """Who asks when no key is needed."""
 
 SECURITY_HEADERS = {
@@ -133,7 +133,7 @@ class SameSite:
         if origin is None:
             foreign = headers.get("sec-fetch-site") == "cross-site" and scope["method"] not in ("GET", "HEAD")
         else:
-            foreign = urlsplit_netloc(origin) != host.lower()
+            foreign = _netloc(origin) != host.lower()
         return Refusal(403, "Pages of other sites may not use this service.") if foreign else None
 
 
@@ -144,7 +144,7 @@ def _hostname(url: str) -> str:
         return ""
 
 
-def urlsplit_netloc(url: str) -> str:
+def _netloc(url: str) -> str:
     """Host and port of a URL; empty where there is none."""
     try:
         return urlsplit(url).netloc.lower()
@@ -171,7 +171,7 @@ class Bodies:
             return
         length = Headers(scope=scope).get("content-length", "0")
         if not length.isdecimal() or int(length) > self._most:
-            await refuse(self._too_large(), send, close=True)
+            await refuse(self._too_large(), send)
             return
         ends, seen, started, over = time.monotonic() + self._seconds, 0, False, False
 
@@ -181,9 +181,9 @@ class Bodies:
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, ends - time.monotonic()))
-            except asyncio.TimeoutError:  # noqa: UP041 (another class in Python 3.10)
-                message_text = f"The body took longer than {self._seconds:g} seconds."
-                raise Refusal(408, message_text, headers={"Connection": "close"}) from None
+            except asyncio.TimeoutError:
+                text = f"The body took longer than {self._seconds:g} seconds."
+                raise Refusal(408, text, headers={"Connection": "close"}) from None
             seen += len(message.get("body", b""))
             if seen > self._most:
                 raise self._too_large()
@@ -200,10 +200,10 @@ class Bodies:
         except Refusal as refusal:
             if started:
                 raise
-            await refuse(refusal, send, close=True)
+            await refuse(refusal, send)
 
     def _too_large(self) -> Refusal:
-        return Refusal(413, f"The body is larger than {self._most} bytes.")
+        return Refusal(413, f"The body is larger than {self._most} bytes.", headers={"Connection": "close"})
 
 
 class SecurityHeaders:
@@ -224,10 +224,8 @@ class SecurityHeaders:
         await self._app(scope, receive, headed if scope["type"] == "http" else send)
 
 
-async def refuse(refusal: Refusal, send: Send, close: bool = False) -> None:
-    """Send a refusal as the whole answer; `close` ends the connection after it."""
+async def refuse(refusal: Refusal, send: Send) -> None:
+    """Send a refusal as the whole answer."""
     headers, body = refusal.raw
-    if close and not any(name == b"connection" for name, _ in headers):
-        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

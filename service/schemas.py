@@ -6,17 +6,19 @@ can do is checked by the job service.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
+from reelrt.bundle.schedule import MAX_GUIDANCE
 from reelrt.runtime.noise import MAX_SEED
+from reelrt.runtime.video import FASTEST, SLOWEST
+from reelrt.service.jobs import Job, VideoRequest
 
-VIDEO_ID = r"^video_[A-Za-z0-9_-]{1,64}$"
+VIDEO_ID = r"^video_[0-9a-f]{32}$"
 LONGEST_PROMPT = 8192
-MOST_LISTED = 100
-SIZE = re.compile(r"^([0-9]{1,5})x([0-9]{1,5})$")
+SIZE = r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$"
 SECONDS = r"^[0-9]{1,4}(\.[0-9]{1,6})?$"
 
 
@@ -31,47 +33,70 @@ Whole = Annotated[int, Field(ge=1, le=65536)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Request(BaseModel):
+class _Asked(BaseModel):
     """What every way to ask for a video has in common."""
 
     model_config = ConfigDict(extra="forbid")
 
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = Field(
-        None, description="Denoising steps."
-    )
-    guidance_scale: Annotated[Finite, Field(ge=0, le=1000)] | None = Field(
+    prompt: Annotated[Text, Field(min_length=1)] = Field(description="What to show.")
+    negative_prompt: Text | None = Field(None, description="What to steer away from.")
+    guidance_scale: Annotated[Finite, Field(ge=0, le=MAX_GUIDANCE)] | None = Field(
         None, description="Classifier-free guidance; 1 is none. Default: the model's."
     )
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(
-        None, description="Of the starting noise. Default: drawn, and told in the answer."
+    fps: Annotated[Finite, Field(ge=SLOWEST, le=FASTEST)] | None = Field(
+        None, description="Frames per second of the file. Default: 8."
     )
-    negative_prompt: Text | None = Field(None, description="What to steer away from.")
-    solver: Annotated[str, Field(max_length=40)] | None = Field(
-        None, description="One of the model's solvers; see `/v1/models`."
-    )
-    fps: Annotated[Finite, Field(ge=0.1, le=1000)] | None = Field(None, description="Frames per second.")
+    format: Literal["mp4", "webm"] | None = Field(None, description="H.264 or VP9. Default: mp4.")
     priority: Annotated[int, Field(ge=-10, le=10)] | None = Field(
         None, description="Higher goes first among what waits. Default: 0."
     )
     deadline_s: Annotated[Finite, Field(gt=0, le=604800)] | None = Field(
-        None, description="Seconds after which the video is no longer wanted: the job then fails."
+        None, description="Seconds after which the video is no longer wanted: the job fails then."
     )
 
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not self.prompt.strip():
+            raise ValueError("the prompt is empty; say what the video shall show")
+        return self
 
-class CreateVideo(Request):
-    """A video to make."""
+    def common(self) -> dict[str, Any]:
+        """The fields of `VideoRequest` that were given."""
+        values = {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "guidance": self.guidance_scale,
+            "fps": self.fps,
+            "format": self.format,
+            "priority": self.priority,
+            "deadline": self.deadline_s,
+        }
+        return {name: value for name, value in values.items() if value is not None}
 
-    prompt: Annotated[Text, Field(min_length=1)] = Field(description="What to show.")
+
+class CreateVideo(_Asked):
+    """A video to make: OpenAI's fields, vLLM-Omni's, and some of ReelRT's own."""
+
     model: Annotated[str, Field(max_length=200)] | None = Field(
         None, description="One of `/v1/models`. Default: the first."
     )
     seconds: Annotated[str, Field(pattern=SECONDS)] | Annotated[Finite, Field(gt=0, le=9999)] | None = Field(
         None, description="Length; `num_frames` says the same in frames."
     )
-    size: Annotated[str, Field(pattern=SIZE.pattern)] | None = Field(None, description="`WIDTHxHEIGHT`.")
+    size: Annotated[str, Field(pattern=SIZE)] | None = Field(None, description="`WIDTHxHEIGHT`.")
     width: Whole | None = Field(None, description="Pixels; `size` says the same.")
     height: Whole | None = Field(None, description="Pixels; `size` says the same.")
     num_frames: Whole | None = Field(None, description="Number of frames. Default: the model's.")
+    num_inference_steps: Whole | None = Field(None, description="Denoising steps. Default: 25.")
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(
+        None, description="Of the starting noise. Default: drawn, and told in the answer."
+    )
+    solver: Annotated[str, Field(max_length=40)] | None = Field(
+        None, description="One of the model's solvers; see `/v1/models`."
+    )
+    latents: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
+        None, description="A name for starting noise: videos with the same name start from the same noise."
+    )
     input_reference: Any = Field(
         None, description="Refused unless null: these models start from a text alone."
     )
@@ -80,10 +105,8 @@ class CreateVideo(Request):
     extra_params: dict[str, Any] | None = Field(None, description="Refused unless empty or null.")
 
     @model_validator(mode="after")
-    def _agree(self) -> CreateVideo:
+    def _agree(self) -> Self:
         """Refuse what contradicts itself, and what no engine here does."""
-        if not self.prompt.strip():
-            raise ValueError("the prompt is empty; say what the video shall show")
         for name in ("input_reference", "flow_shift", "lora", "extra_params"):
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported here; leave it out")
@@ -91,30 +114,64 @@ class CreateVideo(Request):
             raise ValueError("give width and height, or neither")
         if self.size and self.width is not None and self.size != f"{self.width}x{self.height}":
             raise ValueError(f"size {self.size} is not {self.width}x{self.height}")
+        frames = self._frames_of_seconds()
+        if frames is not None and self.num_frames not in (None, frames):
+            raise ValueError(
+                f"{self.seconds} seconds are {frames} frames, and num_frames is {self.num_frames}"
+            )
         return self
 
-    @property
-    def pixels(self) -> tuple[int, int] | None:
-        """Width and height, where they were given."""
-        if self.size and (match := SIZE.match(self.size)):
-            return int(match[1]), int(match[2])
-        return (self.width, self.height) if self.width and self.height else None
+    def _frames_of_seconds(self) -> int | None:
+        rate = 8.0 if self.fps is None else self.fps
+        return None if self.seconds is None else max(1, round(float(self.seconds) * rate))
+
+    def request(self) -> VideoRequest:
+        """The same as the job service takes it."""
+        width, height = map(int, self.size.split("x")) if self.size else (self.width, self.height)
+        return VideoRequest(
+            model=self.model,
+            width=width,
+            height=height,
+            frames=self._frames_of_seconds() if self.num_frames is None else self.num_frames,
+            steps=self.num_inference_steps,
+            seed=self.seed,
+            solver=self.solver,
+            latents=self.latents,
+            **self.common(),
+        )
 
 
-class RemixVideo(Request):
-    """A variation of a finished video: the same start, another prompt, from some step on."""
+class RemixVideo(_Asked):
+    """A variation of a finished video: another prompt, from some way on.
 
-    prompt: Annotated[Text, Field(min_length=1)] = Field(description="What to show instead.")
-    strength: Annotated[Finite, Field(gt=0, le=1)] | None = Field(
+    Size, frames, steps, solver and seed are the first one's.
+    """
+
+    remix_from: Annotated[Finite, Field(gt=0, lt=1)] | None = Field(
         None,
-        description="The share of the schedule that is computed anew. Default: 0.5, which costs about half.",
+        description="The share of the schedule that is taken over, one of the model's `remix_points`. "
+        "Default: 0.5, which costs about half.",
     )
 
-    @model_validator(mode="after")
-    def _says_something(self) -> RemixVideo:
-        if not self.prompt.strip():
-            raise ValueError("the prompt is empty; say what the video shall show")
-        return self
+    def request(self, parent: Job) -> VideoRequest:
+        """The same as the job service takes it.
+
+        Args:
+            parent: The finished video.
+        """
+        was = parent.request
+        kept = {
+            "negative_prompt": was.negative_prompt,
+            "guidance": was.guidance,
+            "fps": was.fps,
+            "format": was.format,
+        }
+        return VideoRequest(
+            model=was.model,
+            remix_of=parent.id,
+            remix_from=0.5 if self.remix_from is None else self.remix_from,
+            **{**kept, **self.common()},
+        )
 
 
 class VideoError(BaseModel):
@@ -147,13 +204,17 @@ class Video(BaseModel):
     fps: float
     num_inference_steps: int
     guidance_scale: float
-    seed: int
+    seed: int | None
     negative_prompt: str
     solver: str
-    priority: int = 0
+    format: Literal["mp4", "webm"]
+    priority: int
     inference_time_s: float | None = Field(None, description="Seconds from joining the batch to the file.")
     stage_durations: dict[str, float] | None = Field(None, description="Seconds of each stage.")
-    peak_memory_mb: float | None = Field(None, description="The process's largest size so far.")
+    peak_memory_mb: float | None = Field(None, description="The process's largest size so far, in MiB.")
+    reused: list[str] = Field(
+        default=[], description="What caches saved: prompt, latents, trajectory, result."
+    )
 
 
 class VideoList(BaseModel):
@@ -175,7 +236,7 @@ class DeletedVideo(BaseModel):
 
 
 class Range(BaseModel):
-    """A least and a largest value."""
+    """A least and a largest value, and what is taken when a request does not say."""
 
     minimum: int
     maximum: int
@@ -183,17 +244,20 @@ class Range(BaseModel):
 
 
 class ModelLimits(BaseModel):
-    """What a model takes, and what it takes when a request does not say."""
+    """What a model takes."""
 
     width: Range
     height: Range
-    size_multiple: int
+    size_multiple: int = Field(description="Width and height are multiples of this, in pixels.")
     num_frames: Range
     num_inference_steps: Range
-    guidance_scale: float
-    fps: float
+    guidance_scale: float = Field(description="The model's own.")
     solvers: list[str]
-    solver: str
+    solver: str = Field(description="The model's own.")
+    remix_points: list[float] = Field(
+        description="From where a video can be remixed, as shares of its schedule."
+    )
+    slots: int = Field(description="Most videos at once.")
 
 
 class ModelObject(BaseModel):
@@ -223,4 +287,4 @@ class Health(BaseModel):
 class Ready(BaseModel):
     """Whether the service takes jobs."""
 
-    status: Literal["ready", "starting", "stopping"]
+    status: Literal["ready"] = "ready"

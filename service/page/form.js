@@ -4,10 +4,16 @@ const $ = (id) => document.getElementById(id);
 const STORED = "reelrt-form";
 const FIELDS = ["prompt", "negative", "steps", "guidance", "seed", "frames", "width", "height", "solver"];
 
+const FIXED = ["steps-field", "seeds", "shape"]; // a remix has its source's
+
 let models = [];
 let source = null;
 
 const model = () => models.find((each) => each.id === $("model").value) ?? models[0];
+
+// From the smallest change to the largest: the later a remix begins, the less it changes.
+const points = () => [...(model()?.limits.remix_points ?? [0.5])].sort((a, b) => b - a);
+const remixFrom = () => points()[$("strength").value] ?? 0.5;
 
 export const remixOf = () => source;
 
@@ -27,6 +33,7 @@ function applyLimits() {
   for (const [name, range] of Object.entries(bounds)) {
     Object.assign($(name), { min: range.minimum, max: range.maximum, value: range.default });
   }
+  Object.assign($("strength"), { max: points().length - 1, value: Math.floor(points().length / 2) });
   $("width").step = $("height").step = limits.size_multiple;
   $("guidance").value = limits.guidance_scale;
   $("solver").replaceChildren(...limits.solvers.map((name) => new Option(name, name, false, name === limits.solver)));
@@ -50,7 +57,7 @@ function restore() {
 export function showValues() {
   $("steps-value").value = $("steps").value;
   $("guidance-value").value = $("guidance").value === "1" ? "none" : Number($("guidance").value).toFixed(1);
-  $("strength-value").value = `${Math.round($("strength").value * 100)} %`;
+  $("strength-value").value = `${Math.round((1 - remixFrom()) * 100)} %`;
   localStorage.setItem(STORED, JSON.stringify(Object.fromEntries(FIELDS.map((name) => [name, $(name).value]))));
 }
 
@@ -83,8 +90,8 @@ export function startRemix(video) {
   source = video;
   $("source-name").textContent = video.prompt;
   for (const id of ["source", "strength-field"]) $(id).hidden = false;
-  for (const id of ["shape", "frames-field", "model-field"]) $(id).hidden = true;
-  $("seed").disabled = $("dice").disabled = true;
+  for (const id of FIXED) $(id).hidden = true;
+  $("model-field").hidden = true;
   $("go-text").textContent = "Make remix";
   $("prompt").select();
 }
@@ -93,9 +100,8 @@ export function leaveRemix() {
   if (!source) return;
   source = null;
   for (const id of ["source", "strength-field"]) $(id).hidden = true;
-  for (const id of ["shape", "frames-field"]) $(id).hidden = false;
+  for (const id of FIXED) $(id).hidden = false;
   $("model-field").hidden = models.length < 2;
-  $("seed").disabled = $("dice").disabled = false;
   $("seed").value = "";
   $("go-text").textContent = "Make video";
 }
@@ -117,14 +123,14 @@ export function body() {
   const asked = {
     prompt: $("prompt").value.trim(),
     negative_prompt: $("negative").value.trim(),
-    num_inference_steps: Number($("steps").value),
     guidance_scale: Number($("guidance").value),
   };
-  if (source) return { ...asked, strength: Number($("strength").value) };
+  if (source) return { ...asked, remix_from: remixFrom() };
   if ($("seed").value.trim()) asked.seed = Number($("seed").value);
   return {
     ...asked,
     model: model().id,
+    num_inference_steps: Number($("steps").value),
     width: Number($("width").value),
     height: Number($("height").value),
     num_frames: Number($("frames").value),
