@@ -119,6 +119,7 @@ async function submit(event) {
     form.leaveRemix();
     choose(video.id);
     follow();
+    if (narrow.matches) $("stage").scrollIntoView({ behavior: "smooth", block: "start" });
   } catch (error) {
     trouble(error);
   } finally {
@@ -190,6 +191,10 @@ function onKey(event) {
   act();
 }
 
+const narrow = matchMedia("(max-width: 800px)");
+const fold = () => ($("settings").open = !narrow.matches);
+narrow.addEventListener("change", fold);
+
 const THEMES = { auto: "Auto", light: "Light", dark: "Dark" };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -241,5 +246,6 @@ dark.addEventListener("change", () => theme(false));
 document.addEventListener("keydown", onKey);
 
 theme(false);
+fold();
 await begin();
 setTimeout(poll, POLL_MS);
