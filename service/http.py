@@ -203,8 +203,8 @@ async def content(
     responses={
         200: {
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
-            "description": "`video` (the object as JSON) at every change, `preview` (`{id, progress, image}`, "
-            "the image a data URL), at last a `video` that is completed or failed, or `deleted` (`{id}`)",
+            "description": "`video` (the object) at every change, `preview` (`{id, progress, image}`, the "
+            "image a data URL), at last a `video` that is completed or failed, or `deleted` (`{id}`)",
         },
         **errors_of(404, 429, 503),
     },
