@@ -178,6 +178,10 @@ class Schedules:
         """The largest step count of any solver."""
         return max(steps for _, steps in self._by_key)
 
+    def counts(self, solver: str) -> list[int]:
+        """The step counts of a solver; empty when there is no such solver."""
+        return [count for name, count in self._by_key if name == solver]
+
     def get(self, solver: str, steps: int) -> Schedule:
         """One schedule.
 
@@ -187,7 +191,7 @@ class Schedules:
         if solver not in self.solvers:
             raise RangeError("solver", repr(solver), f"choose one of {', '.join(self.solvers)}")
         if (solver, steps) not in self._by_key:
-            counts = [count for name, count in self._by_key if name == solver]
+            counts = self.counts(solver)
             raise RangeError("steps", steps, f"{solver} takes {min(counts)} to {max(counts)}")
         return self._by_key[solver, steps]
 

@@ -187,7 +187,7 @@ class RowSession:
         assert row == 0
         self._table, self._text, self._step = table.copy(), text.copy(), 0
         self._state = np.zeros_like(self._state)
-        self._state[0] = latents
+        self._state[: len(latents) if latents.ndim == self._state.ndim else 1] = latents
         self._recorder.started = latents.copy()
 
     def move(self, source: int, target: int) -> None:
@@ -205,6 +205,12 @@ class RowSession:
         assert row == 0
         latents: Float32 = self._state[0].copy()
         return latents
+
+    def read_state(self, row: int) -> Float32:
+        """The latents and the history; a copy."""
+        assert row == 0
+        state: Float32 = self._state.copy()
+        return state
 
 
 def open_graph(path: Path, threads: int = 0) -> Any:

@@ -88,6 +88,9 @@ class _WatchedStep:
     def read(self, row: int) -> Float32:
         return self._session.read(row)
 
+    def read_state(self, row: int) -> Float32:
+        return self._session.read_state(row)
+
 
 @dataclass(frozen=True, slots=True)
 class Side:

@@ -158,7 +158,17 @@ class ConflictError(ServiceError):
 
 
 class StorageError(ServiceError):
-    """The results folder is full, damaged, in use by another service, or its quota is used up."""
+    """The service's folder is full, damaged, in use by another service, or its quota is used up.
+
+    Args:
+        message: One sentence.
+        remedy: What to do about it.
+        code: `disk_full`, `quota_exceeded` or `storage_error`.
+    """
+
+    def __init__(self, message: str, remedy: str = "", code: str = "storage_error") -> None:
+        super().__init__(message, remedy)
+        self.code = code
 
 
 class StoppingError(ServiceError):

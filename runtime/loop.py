@@ -20,7 +20,8 @@ class Request:
     Attributes:
         table: Schedule rows, float32 [S, K]; S launches finish the request.
         text: Prompt embeddings [2, L, D], unconditional first, in the engine's dtype.
-        latents: Starting latents at the schedule's scale, float32 [C, F, h, w].
+        latents: Starting latents at the schedule's scale, float32 [C, F, h, w]; or the state
+            [R, C, F, h, w] of a request that had come to the table's first row.
     """
 
     table: Float32
@@ -96,6 +97,10 @@ class StepLoop:
     def latents(self, slot: Slot) -> Float32:
         """A copy of a slot's current latents, float32 [C, F, h, w]."""
         return self._session.read(slot.row)
+
+    def state(self, slot: Slot) -> Float32:
+        """A copy of all that a request needs to go on from here, float32 [R, C, F, h, w]."""
+        return self._session.read_state(slot.row)
 
     def release(self, slot: Slot) -> None:
         """Take a slot out of the batch, finished or not; the last one moves into its row.

@@ -198,7 +198,7 @@ class OrtStep:
         return self._bindings[key]
 
     def write(self, row: int, table: Float32, text: Array, latents: Float32) -> None:
-        """Put a request into a row, its history empty."""
+        """Put a request into a row; its history is empty, or comes with its state."""
         self._lanes.wait()
         self._table[row, : len(table)] = table
         self._first[row] = False
@@ -208,7 +208,10 @@ class OrtStep:
         self._text[row] = text
         self._step[self._side][row] = 0
         state = self._state[self._side][row]
-        state[0], state[1:] = latents, 0
+        if latents.ndim == state.ndim:
+            state[...] = latents
+        else:
+            state[0], state[1:] = latents, 0
 
     def move(self, source: int, target: int) -> None:
         """Copy a row to another row."""
@@ -256,6 +259,12 @@ class OrtStep:
         self._lanes.wait()
         latents: Float32 = self._state[self._side][row, 0].copy()
         return latents
+
+    def read_state(self, row: int) -> Float32:
+        """A copy of the latents and the history in a row."""
+        self._lanes.wait()
+        state: Float32 = self._state[self._side][row].copy()
+        return state
 
 
 def _address(array: npt.NDArray[Any]) -> tuple[str, int, Any, tuple[int, ...], int]:

@@ -93,6 +93,21 @@ class TextToVideo:
         """The solvers `generate` takes, in no order of merit."""
         return self._limits.schedules.solvers
 
+    @property
+    def limits(self) -> Limits:
+        """What the engines accept, and the schedules."""
+        return self._limits
+
+    @property
+    def sessions(self) -> Sessions:
+        """The opened engines. Stages but the step may run beside a step loop of theirs."""
+        return self._sessions
+
+    @property
+    def text(self) -> TextEncoder:
+        """Prompts to embeddings; for one thread at a time."""
+        return self._text
+
     @overload
     def generate(
         self,
@@ -249,7 +264,7 @@ class TextToVideo:
                 checked("decode", sum(map(len, parts)) + len(videos) * job.shape[1], total)
             decode_seconds = time.perf_counter() - began
             timings = {"text": text_seconds, "denoise": denoise_seconds, "decode": decode_seconds}
-            metadata = self._metadata(job, cut)
+            metadata = self.metadata(job, cut)
             videos.append(Video(np.concatenate(parts), latents[None], metadata, timings, peak_memory()))
         return videos
 
@@ -260,13 +275,22 @@ class TextToVideo:
         began, requests, cuts = time.perf_counter(), [], []
         for done, job in enumerate(jobs):
             progress("text", done, len(jobs))
-            (negative, negative_cut), (positive, cut) = map(self._text, (job.negative_prompt, job.prompt))
-            requests.append(Request(job.table, np.stack([negative, positive]), job.latents))
-            cuts.append({"cut": cut} if cut else {})
-            if negative_cut:
-                cuts[-1]["negative_cut"] = negative_cut
+            request, cut = self.encode(job)
+            requests.append(request)
+            cuts.append(cut)
         progress("text", len(jobs), len(jobs))
         return requests, time.perf_counter() - began, cuts
+
+    def encode(self, job: Job) -> tuple[Request, dict[str, str]]:
+        """What the loop needs of a job, and which words did not fit: `cut`, `negative_cut` or neither.
+
+        Raises:
+            BackendError: The text encoder failed.
+        """
+        (negative, negative_cut), (positive, cut) = map(self._text, (job.negative_prompt, job.prompt))
+        cuts = {"cut": cut, "negative_cut": negative_cut}
+        request = Request(job.table, np.stack([negative, positive]), job.latents)
+        return request, {name: words for name, words in cuts.items() if words}
 
     def _denoise(self, requests: Sequence[Request], progress: Progress) -> list[tuple[Float32, float]]:
         """Final latents [C, F, h, w] and seconds in the batch, in the order of the requests."""
@@ -285,7 +309,7 @@ class TextToVideo:
                 done += len(running)
                 for slot in [slot for slot in running if slot.finished]:
                     index, began = running.pop(slot)
-                    results[index] = _finite(loop.latents(slot)), time.perf_counter() - began
+                    results[index] = check_finite(loop.latents(slot)), time.perf_counter() - began
                     loop.release(slot)
             progress("denoise", total, total)
         finally:
@@ -300,7 +324,8 @@ class TextToVideo:
             self._loop = shape, StepLoop(self._sessions.open_step((channels, frames, height, width)))
         return self._loop[1]
 
-    def _metadata(self, job: Job, cut: dict[str, str]) -> dict[str, Any]:
+    def metadata(self, job: Job, cut: dict[str, str]) -> dict[str, Any]:
+        """How a job's video was made; see `Video.metadata`."""
         model = self.engines.pipeline.model
         _, frames, height, width = job.shape
         scale = self.engines.pipeline.geometry.spatial_scale
@@ -323,7 +348,12 @@ class TextToVideo:
         }
 
 
-def _finite(latents: Array) -> Float32:
+def check_finite(latents: Array) -> Float32:
+    """Final latents as they are.
+
+    Raises:
+        BackendError: They hold numbers that are not finite.
+    """
     if not np.isfinite(latents).all():
         raise BackendError(
             "the step engine produced numbers that are not finite.",

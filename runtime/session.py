@@ -39,7 +39,8 @@ class StepSession(Protocol):
             row: 0 to capacity - 1.
             table: float32 [S, K], S at most `table_rows`; copied.
             text: Prompt embeddings [2, L, D], unconditional first; copied.
-            latents: Starting latents, float32 [C, F, h, w]; copied.
+            latents: Starting latents, float32 [C, F, h, w]; copied. Or what `read_state` gave of a
+                request that had come to the first row of this table.
         """
 
     def move(self, source: int, target: int) -> None:
@@ -54,6 +55,9 @@ class StepSession(Protocol):
 
     def read(self, row: int) -> Float32:
         """The latents in a row, float32 [C, F, h, w]; a copy. Waits for launches to finish."""
+
+    def read_state(self, row: int) -> Float32:
+        """The same with the history a solver needs to go on from it, float32 [R, C, F, h, w]."""
 
 
 class Sessions(Protocol):

@@ -74,6 +74,10 @@ class TextEncoder:
 
     Every prompt is encoded alone, so that its embedding never depends on its company.
 
+    Attributes:
+        hits: Prompts that were there already.
+        misses: Prompts that were encoded.
+
     Args:
         tokenizer: Prompts to ids.
         sessions: Where `text_encoder` runs.
@@ -82,6 +86,7 @@ class TextEncoder:
     def __init__(self, tokenizer: Tokenizer, sessions: Sessions) -> None:
         self._tokenizer, self._sessions = tokenizer, sessions
         self._cache: OrderedDict[str, tuple[Array, str]] = OrderedDict()
+        self.hits = self.misses = 0
 
     def __call__(self, prompt: str) -> tuple[Array, str]:
         """Encode one prompt.
@@ -90,7 +95,10 @@ class TextEncoder:
             Its embeddings [L, D] in the encoder's precision, not to be written to; and the words
             that were cut, or "".
         """
-        if prompt not in self._cache:
+        if prompt in self._cache:
+            self.hits += 1
+        else:
+            self.misses += 1
             tokens = self._tokenizer(prompt)
             text = self._sessions.run("text_encoder", {"tokens": tokens.ids[None]})["text"][0]
             text.flags.writeable = False

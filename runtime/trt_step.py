@@ -78,12 +78,11 @@ class _Memory:
         for name in (*twice, "table", "text"):
             self.device[name] = device.allocate(capacity * self.rows[name.partition(".")[0]])
             self._owned.callback(self.device[name].close)
-        single = {name: (self.shapes[name][1:], self.dtypes[name]) for name in ("table", "text")}
-        single["latents"] = self.latents
+        single = {name: (self.shapes[name][1:], self.dtypes[name]) for name in ("table", "text", "state")}
         self.host: list[dict[str, Array]] = [
             {name: self._pin(device, *each) for name, each in single.items()} for _ in range(capacity)
         ]
-        self.result = self._pin(device, *self.latents)
+        self.result = self._pin(device, *single["state"])
         self.uploaded = [self._event(device) for _ in range(capacity)]
         self.reached = [self._event(device) for _ in SIDES]
 
@@ -151,7 +150,8 @@ class TrtStep:
             row: 0 to capacity - 1.
             table: float32 [S, K].
             text: Prompt embeddings [2, L, D].
-            latents: float32 [C, F, h, w]: a NumPy array, or any in device memory.
+            latents: float32 [C, F, h, w]: a NumPy array, or any in device memory. Or what
+                `read_state` gave.
 
         Raises:
             InputError: Device latents of another shape, dtype or order.
@@ -174,14 +174,16 @@ class TrtStep:
             )
             upload(memory.address("text", row), host["text"].ctypes.data, memory.rows["text"])
             state = memory.address(f"state.{side}", row)
-            if history := memory.rows["state"] - memory.latent_bytes:
-                stream.clear(state + memory.latent_bytes, history)
             stream.clear(memory.address(f"step.{side}", row), memory.rows["step"])
+            rows = 1 if is_on_device(latents) or latents.ndim < host["state"].ndim else len(latents)
+            size = rows * memory.latent_bytes
+            if history := memory.rows["state"] - size:
+                stream.clear(state + size, history)
             if is_on_device(latents):
                 self._share(latents, state, memory)
             else:
-                host["latents"][...] = latents
-                upload(state, host["latents"].ctypes.data, memory.latent_bytes)
+                host["state"][:rows] = latents
+                upload(state, host["state"].ctypes.data, size)
             stream.record(memory.uploaded[row])
             memory.unsettled.discard(row)
             for each in (0, 1):  # contexts are made now, so that a launch makes none
@@ -253,13 +255,22 @@ class TrtStep:
 
     def read(self, row: int) -> Float32:
         """A copy of the latents in a row, when all launches are done."""
+        latents: Float32 = self._read(row, 1)[0].copy()
+        return latents
+
+    def read_state(self, row: int) -> Float32:
+        """A copy of the latents and the history in a row, when all launches are done."""
+        return self._read(row, len(self._ready().result)).copy()
+
+    def _read(self, row: int, rows: int) -> Float32:
+        """The first rows of a state, where the next call overwrites them."""
         memory = self._ready()
         with self._gpu.device.current():
             source = memory.address(f"state.{SIDES[self._side]}", row)
-            self._gpu.stream.download(memory.result.ctypes.data, source, memory.latent_bytes)
+            self._gpu.stream.download(memory.result.ctypes.data, source, rows * memory.latent_bytes)
             self._gpu.stream.wait()
         self._gpu.finished()
-        return memory.result.copy()
+        return memory.result[:rows]
 
     def view(self, row: int) -> DeviceArray:
         """The latents in a row where they lie, valid until the next launch, write or move."""

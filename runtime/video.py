@@ -72,7 +72,7 @@ class Video:
         """
         target = Path(path)
         form = _format(target)
-        _check_rate(fps)
+        check_rate(fps)
         paths = form.files(target, len(self.frames))
         comment = json.dumps(dict(self.metadata))
         rate = Fraction(float(fps)).limit_denominator(1001)
@@ -109,7 +109,7 @@ def check_writable(path: FilePath, fps: float = 8) -> None:
     """
     target = Path(path)
     form = _format(target)
-    _check_rate(fps)
+    check_rate(fps)
     for first in form.files(target, 1):
         if first.is_dir() or target.is_dir():
             raise InputError(f"{target if target.is_dir() else first} is a folder; name a file in it.")
@@ -143,7 +143,12 @@ def read_metadata(path: FilePath) -> dict[str, Any]:
     raise InputError(f"{source} holds no ReelRT metadata.")
 
 
-def _check_rate(fps: float) -> None:
+def check_rate(fps: float) -> None:
+    """Refuse a frame rate that no file can have.
+
+    Raises:
+        InputError: It is none.
+    """
     number = isinstance(fps, int | float | np.number) and not isinstance(fps, bool)
     if not (number and SLOWEST <= fps <= FASTEST):
         raise InputError(f"fps {fps!r} is not possible: give a number from {SLOWEST:g} to {FASTEST:g}.")

@@ -1,1 +1,1 @@
-"""Videos over HTTP: nothing here yet."""
+"""Jobs, the batch they share, what is kept of them: the service behind its doors."""

@@ -35,8 +35,8 @@ class Figures:
         stage_seconds: Stage (`queue`, `text`, `denoise`, `decode`, `encode`) to durations.
         submitted: Jobs accepted since the start.
         ended: Status to jobs that ended so since the start.
-        rejected: Reason (`queue_full`, `owner_limit`, `invalid`, `conflict`, `storage`, `stopping`) to
-            requests refused since the start.
+        rejected: Reason (`queue_full`, `owner_limit`, `invalid`, `conflict`, `not_found`, `storage`,
+            `stopping`) to requests refused since the start.
         cache_hits: Cache (`prompt`, `latents`, `trajectory`, `result`) to hits since the start.
         cache_misses: The same to misses.
         watchers: Open subscriptions.

@@ -82,8 +82,9 @@ class JobError:
     """Why a job failed.
 
     Attributes:
-        code: `backend_error`, `out_of_memory`, `disk_full`, `quota_exceeded`, `deadline_exceeded`,
-            `interrupted` (it stopped the service too often), `file_lost` or `internal_error`.
+        code: `backend_error`, `out_of_memory`, `disk_full`, `quota_exceeded`, `storage_error`,
+            `deadline_exceeded`, `interrupted` (the service ended too often while it ran),
+            `model_gone`, `invalid_request`, `file_lost` or `internal_error`.
         message: One sentence or two, for people.
     """
 

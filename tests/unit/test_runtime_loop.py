@@ -36,6 +36,9 @@ class Tally:
             self.latents[row] += self.tables[row, self.steps[row]]
             self.steps[row] += 1
 
+    def read_state(self, row):
+        return self.latents[row][None].copy()
+
     def read(self, row):
         return self.latents[row].copy()
 

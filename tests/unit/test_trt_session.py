@@ -432,3 +432,31 @@ def test_sessions_hold_no_cycle(machine, source, tmp_path):
     step = weakref.ref(pipe._sessions.open_step(SHAPE))
     assert step() is None
     assert Path(pipe.engines.folder).is_dir()
+
+
+@pytest.mark.parametrize("rows", [6, 7])
+def test_a_request_goes_on_from_its_state(machine, pipe, cpu, rows):
+    """Between two steps and between the two passes of one, in a batch of others."""
+    table = schedule("two", 9).table(3.0, "split", 3)
+    request = Request(table, np.zeros((2, 6, 2), np.float32) + 0.1, starting_noise(5, SHAPE))
+    states = []
+    for each in (pipe, cpu):
+        loop = StepLoop(each.sessions.open_step(SHAPE))
+        slot = loop.admit(request)
+        while slot.done < rows:
+            loop.step()
+        states.append(loop.state(slot))
+        loop.release(slot)
+        other = loop.admit(request)
+        loop.step()
+        resumed = loop.admit(Request(table[rows:], request.text, states[-1]))
+        while not resumed.finished:
+            loop.step()
+        loop.release(other)
+        states.append(loop.latents(resumed))
+    whole = StepLoop(cpu.sessions.open_step(SHAPE))
+    slot = whole.admit(request)
+    while not slot.finished:
+        whole.step()
+    assert states[0].shape == (3, *SHAPE) and states[0].tobytes() == states[2].tobytes()
+    assert states[1].tobytes() == states[3].tobytes() == whole.latents(slot).tobytes()
