@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TypeVar
 
 from fastapi import Request
@@ -52,9 +51,4 @@ async def _form(request: Request) -> dict[str, object]:
         body.decode()
     except UnicodeDecodeError:
         raise Refusal(400, "The body is not UTF-8.") from None
-    if isinstance(extra := fields.get("extra_params"), str):
-        try:
-            fields["extra_params"] = json.loads(extra)
-        except ValueError:
-            raise Refusal(400, "extra_params: it is no JSON.", param="extra_params") from None
     return fields

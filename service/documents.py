@@ -14,8 +14,9 @@ from reelrt import __version__
 from reelrt.service.bodies import FORM_TYPE, JSON_TYPE
 from reelrt.service.guards import is_open
 from reelrt.service.refusals import ErrorAnswer
-from reelrt.service.schemas import CreateVideo, RemixVideo
+from reelrt.service.schemas import UNSUPPORTED, CreateVideo, RemixVideo
 
+FORM = "Form"
 REFERENCE = "#/components/schemas/{model}"
 ANYWHERE = (400, 403, 408, 413, 421, 500)
 """What the guards before the routes answer, and what nobody hopes for."""
@@ -40,8 +41,23 @@ def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def body_of(model: type[BaseModel]) -> dict[str, Any]:
     """A body that is JSON or a form."""
-    schema = {"schema": {"$ref": REFERENCE.format(model=model.__name__)}}
-    return {"requestBody": {"required": True, "content": {JSON_TYPE: schema, FORM_TYPE: schema}}}
+    names = {JSON_TYPE: model.__name__, FORM_TYPE: f"{model.__name__}{FORM}"}
+    content = {kind: {"schema": {"$ref": REFERENCE.format(model=name)}} for kind, name in names.items()}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _form(schema: dict[str, Any]) -> dict[str, Any]:
+    """A model's schema for a form, which has no null, and leaves out what is refused unless null."""
+    properties = {
+        name: {**each, "anyOf": [one for one in each["anyOf"] if one != {"type": "null"}]}
+        if "anyOf" in each
+        else each
+        for name, each in schema["properties"].items()
+        if name not in UNSUPPORTED
+    }
+    for each in properties.values():
+        each.pop("default", None)
+    return {**schema, "properties": properties}
 
 
 def describe(app: FastAPI, with_keys: bool) -> None:
@@ -62,6 +78,7 @@ def describe(app: FastAPI, with_keys: bool) -> None:
             )
             schemas = found["components"]["schemas"]
             schemas.update(made["$defs"])
+            schemas.update({f"{name}{FORM}": _form(schema) for name, schema in made["$defs"].items()})
             for name in ("HTTPValidationError", "ValidationError"):  # they are answered as ErrorAnswer
                 schemas.pop(name, None)
             for path, operations in found["paths"].items():

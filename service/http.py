@@ -9,7 +9,7 @@ import asyncio
 import json
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request
+from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
@@ -28,6 +28,14 @@ _FAILED_SYNC = {"deadline_exceeded": 408, "disk_full": 507, "quota_exceeded": 50
 
 VIDEO_FILES: dict[str, dict[str, Any]] = {kind: {} for kind in VIDEO_TYPES.values()}
 ALL_FILES: dict[str, dict[str, Any]] = {**VIDEO_FILES, PICTURE_TYPE: {}}
+
+EVENT: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "event": {"enum": ["video", "preview", "deleted"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
 
 router = APIRouter()
 
@@ -102,6 +110,12 @@ async def create_sync(
         code, message = (error.code, error.message) if error else (done.status, "The video is gone.")
         raise Refusal(409 if done.status == "cancelled" else _FAILED_SYNC.get(code, 500), message, code=code)
     return await _file(service, done.id, owner, "video", _sync_headers(done))
+
+
+@router.api_route("/v1/videos/sync", methods=["GET", "HEAD", "DELETE"], include_in_schema=False)
+async def no_such_video() -> None:
+    """`sync` is no id, lest a mistyped method looks like a video that is gone."""
+    raise HTTPException(405)
 
 
 @router.get(
@@ -185,7 +199,7 @@ async def remix(
     "/v1/videos/{video_id}/content",
     response_class=Response,
     responses={206: {"description": "The ranges asked for"}, **errors_of(400, 404, 409, 416)},
-    include_in_schema=False,
+    summary="What `GET` would answer, without the file",
 )
 async def content(
     video_id: VideoId,
@@ -202,7 +216,7 @@ async def content(
     response_class=Response,
     responses={
         200: {
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": {"schema": EVENT}},
             "description": "`video` (the object) at every change, `preview` (`{id, progress, image}`, the "
             "image a data URL), at last a `video` that is completed or failed, or `deleted` (`{id}`)",
         },

@@ -115,12 +115,31 @@ def answer_in_this_form(app: FastAPI) -> None:
             405: f"{request.url.path} does not take {request.method}.",
         }
         message = messages.get(error.status_code, str(error.detail))
-        return Refusal(error.status_code, message, headers=error.headers).response()
+        headers = {"Allow": _allowed(request)} if error.status_code == 405 else error.headers
+        return Refusal(error.status_code, message, headers=headers).response()
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return Refusal(500, "The service failed; its log says where.").response()
+
+
+def _allowed(request: Request) -> str:
+    """The methods that a path takes, those of all its documented routes."""
+    operations: dict[str, Any] = request.app.openapi()["paths"]
+    parts = request.url.path.split("/")
+    methods = {
+        method.upper()
+        for path, each in operations.items()
+        if _alike(path.split("/"), parts) and not (parts[-1] == "sync" and path.endswith("}"))
+        for method in each
+    }
+    return ", ".join(sorted(methods))
+
+
+def _alike(pattern: list[str], parts: list[str]) -> bool:
+    pairs = zip(pattern, parts, strict=False)
+    return len(pattern) == len(parts) and all(one in (other, "{video_id}") for one, other in pairs)
 
 
 def of_validation(errors: Any) -> Refusal:

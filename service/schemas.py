@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from reelrt.bundle.schedule import MAX_GUIDANCE
@@ -18,6 +18,8 @@ from reelrt.service.jobs import Job, VideoRequest
 
 VIDEO_ID = r"^video_[0-9a-f]{32}$"
 LONGEST_PROMPT = 8192
+UNSUPPORTED = ("input_reference", "flow_shift", "lora", "extra_params")
+"""Fields of others' APIs that no engine here can follow: refused, lest somebody waits for their effect."""
 SIZE = r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$"
 SECONDS = r"^[0-9]{1,4}(\.[0-9]{1,6})?$"
 
@@ -97,19 +99,20 @@ class CreateVideo(_Asked):
     latents: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
         None, description="A name for starting noise: videos with the same name start from the same noise."
     )
-    input_reference: Any = Field(
-        None, description="Refused unless null: these models start from a text alone."
-    )
-    flow_shift: Any = Field(None, description="Refused unless null: schedules are compiled beforehand.")
-    lora: Any = Field(None, description="Refused unless null: weights are part of the engines.")
-    extra_params: dict[str, Any] | None = Field(None, description="Refused unless empty or null.")
+    input_reference: None = Field(None, description="Not supported: these models start from a text alone.")
+    flow_shift: None = Field(None, description="Not supported: schedules are compiled beforehand.")
+    lora: None = Field(None, description="Not supported: weights are part of the engines.")
+    extra_params: None = Field(None, description="Not supported.")
+
+    @field_validator(*UNSUPPORTED, mode="before")
+    @classmethod
+    def _unsupported(cls, value: Any) -> None:
+        if value:
+            raise ValueError("it is not supported here; leave it out")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        """Refuse what contradicts itself, and what no engine here does."""
-        for name in ("input_reference", "flow_shift", "lora", "extra_params"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported here; leave it out")
+        """Refuse what contradicts itself."""
         if (self.width is None) != (self.height is None):
             raise ValueError("give width and height, or neither")
         if self.size and self.width is not None and self.size != f"{self.width}x{self.height}":

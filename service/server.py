@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -40,6 +41,9 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Stop on SIGINT, SIGTERM and SIGHUP, and leave the handlers as they were."""
+        if threading.current_thread() is not threading.main_thread():  # signals are somebody else's
+            yield
+            return
         every = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         numbers = [each for each in every if signal.getsignal(each) is not signal.SIG_IGN]  # nohup's
         before = {number: signal.signal(number, self.handle_exit) for number in numbers}
