@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from reelrt import __version__
 from reelrt.service import answers, bodies, schemas, sse
@@ -230,7 +230,7 @@ async def events(
     service: Service,
     owner: Owner,
     previews: Annotated[bool, Query(description="Whether to send preview pictures.")] = True,
-) -> StreamingResponse:
+) -> sse.EventStream:
     """Server-sent events of a job, until it is over."""
     streams: sse.Streams = request.app.state.streams
     metrics: Metrics = request.app.state.metrics
@@ -250,10 +250,7 @@ async def events(
     except BaseException:
         streams.remove(waker)
         raise
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(
-        sse.events(subscription, waker, streams), media_type="text/event-stream", headers=headers
-    )
+    return sse.EventStream(sse.events(subscription, waker, streams))
 
 
 @router.get("/v1/models", response_model=schemas.ModelList, summary="The models that are served")

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from reelrt.bundle.schedule import MAX_GUIDANCE
@@ -31,7 +39,15 @@ def _text(value: str) -> str:
 
 
 Text = Annotated[str, Field(max_length=LONGEST_PROMPT), AfterValidator(_text)]
-Whole = Annotated[int, Field(ge=1, le=65536)]
+
+
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: 8.0 is whole."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_whole)]
+Whole = Annotated[Integer, Field(ge=1, le=65536)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -49,7 +65,7 @@ class _Asked(BaseModel):
         None, description="Frames per second of the file. Default: 8."
     )
     format: Literal["mp4", "webm"] | None = Field(None, description="H.264 or VP9. Default: mp4.")
-    priority: Annotated[int, Field(ge=-10, le=10)] | None = Field(
+    priority: Annotated[Integer, Field(ge=-10, le=10)] | None = Field(
         None, description="Higher goes first among what waits. Default: 0."
     )
     deadline_s: Annotated[Finite, Field(gt=0, le=604800)] | None = Field(
@@ -90,7 +106,7 @@ class CreateVideo(_Asked):
     height: Whole | None = Field(None, description="Pixels; `size` says the same.")
     num_frames: Whole | None = Field(None, description="Number of frames. Default: the model's.")
     num_inference_steps: Whole | None = Field(None, description="Denoising steps. Default: 25.")
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(
+    seed: Annotated[Integer, Field(ge=0, le=MAX_SEED)] | None = Field(
         None, description="Of the starting noise. Default: drawn, and told in the answer."
     )
     solver: Annotated[str, Field(max_length=40)] | None = Field(
@@ -107,7 +123,7 @@ class CreateVideo(_Asked):
     @field_validator(*UNSUPPORTED, mode="before")
     @classmethod
     def _unsupported(cls, value: Any) -> None:
-        if value:
+        if value is not None:
             raise ValueError("it is not supported here; leave it out")
 
     @model_validator(mode="after")

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
+
+import anyio
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from reelrt.service import answers
 from reelrt.service.events import Subscription
@@ -52,6 +56,37 @@ class Streams:
             waker.set()
 
 
+class EventStream(StreamingResponse):
+    """A `StreamingResponse` that ends as soon as its client is gone, and not when it next has to say something.
+
+    Args:
+        events: The events; closed at the end, whatever ends it.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 (ASGI's)
+        """Send the events."""
+        try:
+            async with anyio.create_task_group() as group:
+
+                async def listen() -> None:
+                    await self.listen_for_disconnect(receive)
+                    group.cancel_scope.cancel()
+
+                group.start_soon(listen)
+                with suppress(OSError):  # the client is gone
+                    await self.stream_response(send)
+                group.cancel_scope.cancel()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._events.aclose()
+
+
 def bell() -> tuple[asyncio.Event, Callable[[], None]]:
     """An event of the running loop, and what sets it from any thread."""
     loop, rung = asyncio.get_running_loop(), asyncio.Event()
@@ -74,7 +109,9 @@ def text_of(event: Event) -> str:
     return f"event: video\ndata: {answers.video(event.job).model_dump_json()}\n\n"
 
 
-async def events(subscription: Subscription, waker: asyncio.Event, streams: Streams) -> AsyncIterator[str]:
+async def events(
+    subscription: Subscription, waker: asyncio.Event, streams: Streams
+) -> AsyncGenerator[str, None]:
     """The events of a subscription until its last one; comments while nothing happens.
 
     Args:
