@@ -57,7 +57,7 @@ class Streams:
 
 
 class EventStream(StreamingResponse):
-    """A `StreamingResponse` that ends as soon as its client is gone, and not when it next has to say something.
+    """A `StreamingResponse` that ends as soon as its client is gone, not when it next has to say something.
 
     Args:
         events: The events; closed at the end, whatever ends it.
