@@ -208,13 +208,14 @@ def generate(
             frames=frames,
             size=parse_size(size),
             solver=solver,
+            save_to=paths,
+            fps=fps,
             progress=progress,
         )
     for stage in videos[0].timings:
-        seconds[stage] = max(video.timings[stage] for video in videos)
-    began = time.monotonic()
-    written = [str(video.save(path, fps=fps)) for path, video in zip(paths, videos, strict=True)]
-    seconds["encode"] = time.monotonic() - began
+        together = sum if stage == "encode" else max
+        seconds[stage] = together(video.timings[stage] for video in videos)
+    written = [str(video.path) for video in videos]
     result = {"seconds": seconds, "peak_memory_bytes": videos[-1].peak_memory}
     if as_json:
         made = [{"path": path, **video.metadata} for path, video in zip(written, videos, strict=True)]

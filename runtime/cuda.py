@@ -1,13 +1,15 @@
 """CUDA, through the driver's own functions: the only module that calls them.
 
 Every resource has an owner, a Python object: when nothing refers to it any more, or it is closed,
-the resource goes. Every call is counted by its name. Knows nothing of engines, tensors or videos.
+the resource goes. Every call is counted by its name. Several threads may use a device at once; who puts
+work on a stream, and in which order, is their business. Knows nothing of engines, tensors or videos.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -66,7 +68,6 @@ class Device:
 
     Attributes:
         calls: How often each of the driver's functions was called.
-        allocated: Bytes of device memory that are ours now.
         peak: The most there were; may be set.
 
     Args:
@@ -81,7 +82,9 @@ class Device:
     def __init__(self, stream: int = 0, ordinal: int = 0) -> None:
         self._driver = load_driver()
         self.calls: Counter[str] = Counter()
-        self.allocated = self.peak = 0
+        self._counting = threading.RLock()  # a collector may free something within a call of its thread
+        self._held: dict[int, int] = {}
+        self.peak = 0
         try:
             self.call("cuInit", 0)
         except CudaError:
@@ -98,6 +101,16 @@ class Device:
             release = self._driver.cuDevicePrimaryCtxRelease
             weakref.finalize(self, release, gpu).atexit = False
 
+    @property
+    def allocated(self) -> int:
+        """Bytes of device memory that are ours now."""
+        return sum(list(self._held.values()))
+
+    def count(self, name: str) -> None:
+        """Count a call of one of the driver's functions."""
+        with self._counting:
+            self.calls[name] += 1
+
     def call(self, name: str, *arguments: Any) -> Any:
         """Call one of the driver's functions.
 
@@ -107,7 +120,7 @@ class Device:
         Raises:
             CudaError: It failed; a DeviceMemoryError for want of memory.
         """
-        self.calls[name] += 1
+        self.count(name)
         status, *values = getattr(self._driver, name)(*arguments)
         if int(status):
             raise _error(name, status.name)
@@ -124,7 +137,7 @@ class Device:
 
     def memory(self) -> tuple[int, int]:
         """Free and total device memory in bytes, whoever has taken the rest."""
-        self.calls["cuMemGetInfo"] += 1
+        self.count("cuMemGetInfo")
         with self.current():
             status, free, total = self._driver.cuMemGetInfo()
         if int(status):
@@ -144,7 +157,7 @@ class Device:
                 free, total = self.memory()
                 message = f"{mib(size)} of GPU memory were wanted and {mib(free)} of {mib(total)} are free."
                 raise DeviceMemoryError(message, REMEDY_MEMORY) from error
-        self.allocated += size
+        self._held[pointer] = size
         self.peak = max(self.peak, self.allocated)
         return Buffer(self, pointer, size)
 
@@ -157,9 +170,10 @@ class Device:
         with self.current():
             return Pinned(self, int(self.call("cuMemHostAlloc", max(size, 1), 0)), size)
 
-    def free(self, name: str, resource: int, size: int = 0) -> None:
+    def free(self, name: str, resource: int) -> None:
         """Give a resource back, whatever state the context is in; for owners only."""
-        self.allocated -= size
+        if name == "cuMemFree":
+            self._held.pop(resource, None)
         try:
             with self.current():
                 self.call(name, resource)
@@ -184,9 +198,9 @@ def _error(call: str, name: str) -> CudaError:
 class _Owner:
     """Frees a resource when it is closed or no longer referred to."""
 
-    def __init__(self, device: Device, free: str, resource: int, size: int = 0) -> None:
+    def __init__(self, device: Device, free: str, resource: int) -> None:
         self.device = device
-        self.close = weakref.finalize(self, device.free, free, resource, size)
+        self.close = weakref.finalize(self, device.free, free, resource)
         self.close.atexit = False  # the driver frees what a process leaves behind
 
 
@@ -199,7 +213,7 @@ class Buffer(_Owner):
     """
 
     def __init__(self, device: Device, pointer: int, size: int) -> None:
-        super().__init__(device, "cuMemFree", pointer, size)
+        super().__init__(device, "cuMemFree", pointer)
         self.pointer, self.size = pointer, size
 
 

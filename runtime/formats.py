@@ -5,9 +5,10 @@ One table, by file extension. Knows nothing of models, requests or where files m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -29,7 +30,7 @@ GIF_PALETTE_PIXELS = 1 << 20
 
 def _write_stream(
     paths: Sequence[Path],
-    frames: Frames,
+    parts: Iterable[Frames],
     fps: Fraction,
     comment: str,
     *,
@@ -39,18 +40,20 @@ def _write_stream(
 ) -> None:
     import av
 
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
+    parts = iter(parts)
+    first = next(parts)
+    height, width = first.shape[1:3]
+    margin = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
     try:
         with av.open(f"file:{paths[0]}", "w", options=container_options) as container:
             container.metadata["comment"] = comment
             stream = cast("VideoStream", container.add_stream(codec, rate=fps, options=options))
-            stream.height, stream.width = frames.shape[1:3]
+            stream.height, stream.width = height + height % 2, width + width % 2
             stream.pix_fmt = "yuv420p"
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = BT709
             context.color_range = LIMITED_RANGE
-            for frame in frames:
+            for frame in chain.from_iterable(np.pad(part, margin, "edge") for part in chain([first], parts)):
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
                 planes = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
                 container.mux(stream.encode(planes))
@@ -61,11 +64,11 @@ def _write_stream(
         raise BackendError(f"{codec} cannot encode {width}x{height} frames: {error}.") from error
 
 
-def _write_mp4(paths: Sequence[Path], frames: Frames, fps: Fraction, comment: str) -> None:
+def _write_mp4(paths: Sequence[Path], parts: Iterable[Frames], fps: Fraction, comment: str) -> None:
     """H.264 with the index in front, so that a browser plays it while it loads."""
     _write_stream(
         paths,
-        frames,
+        parts,
         fps,
         comment,
         codec="libx264",
@@ -74,11 +77,11 @@ def _write_mp4(paths: Sequence[Path], frames: Frames, fps: Fraction, comment: st
     )
 
 
-def _write_webm(paths: Sequence[Path], frames: Frames, fps: Fraction, comment: str) -> None:
+def _write_webm(paths: Sequence[Path], parts: Iterable[Frames], fps: Fraction, comment: str) -> None:
     """VP9 in constant-quality mode, which libvpx enters only at bit rate 0."""
     _write_stream(
         paths,
-        frames,
+        parts,
         fps,
         comment,
         codec="libvpx-vp9",
@@ -87,10 +90,11 @@ def _write_webm(paths: Sequence[Path], frames: Frames, fps: Fraction, comment: s
     )
 
 
-def _write_gif(paths: Sequence[Path], frames: Frames, fps: Fraction, comment: str) -> None:
+def _write_gif(paths: Sequence[Path], parts: Iterable[Frames], fps: Fraction, comment: str) -> None:
     """A looping GIF with one palette for all frames, so that still areas do not flicker."""
     from PIL import Image
 
+    frames = np.concatenate([*parts])
     colours = frames.reshape(-1, 3)
     colours = colours[:: -(-len(colours) // GIF_PALETTE_PIXELS)]
     palette = Image.fromarray(colours[None]).quantize(256)
@@ -109,12 +113,12 @@ def _write_gif(paths: Sequence[Path], frames: Frames, fps: Fraction, comment: st
     )
 
 
-def _write_png(paths: Sequence[Path], frames: Frames, _fps: Fraction, comment: str) -> None:
+def _write_png(paths: Sequence[Path], parts: Iterable[Frames], _fps: Fraction, comment: str) -> None:
     from PIL import Image, PngImagePlugin
 
     text = PngImagePlugin.PngInfo()
     text.add_text("Comment", comment)
-    for path, frame in zip(paths, frames, strict=True):
+    for path, frame in zip(paths, chain.from_iterable(parts), strict=True):
         Image.fromarray(frame).save(path, format="PNG", pnginfo=text)
 
 
@@ -147,12 +151,13 @@ class Format:
     """One way to keep a video.
 
     Attributes:
-        write: Called as `write(paths, frames, fps, comment)`; the comment is ASCII.
+        write: Called as `write(paths, parts, fps, comment)`: the frames in one part or several, each
+            encoded as it comes (but for GIF, whose palette needs all of them); the comment is ASCII.
         read: The comment of a file, or "".
         files: The files that a path and a number of frames stand for.
     """
 
-    write: Callable[[Sequence[Path], Frames, Fraction, str], None]
+    write: Callable[[Sequence[Path], Iterable[Frames], Fraction, str], None]
     read: Callable[[Path], str]
     files: Callable[[Path, int], list[Path]] = _one_file
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from reelrt.runtime.ranges import span
 from reelrt.runtime.session import Array, Float32, StepSession
 
 
@@ -90,7 +91,8 @@ class StepLoop:
             if slot.finished:
                 raise ValueError(f"the slot in row {slot.row} is finished; release it first")
         if self._slots:
-            self._session.launch(len(self._slots))
+            with span("step"):
+                self._session.launch(len(self._slots))
         for slot in self._slots:
             slot.done += 1
 

@@ -6,11 +6,13 @@ decodes. Which library runs the engines stands behind `reelrt.runtime.session`.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
@@ -25,14 +27,19 @@ from reelrt.runtime.formats import Frames
 from reelrt.runtime.loop import Request, Slot, StepLoop
 from reelrt.runtime.memory import peak_memory
 from reelrt.runtime.noise import starting_noise
+from reelrt.runtime.ranges import span
 from reelrt.runtime.request import Job, Limits, plan
-from reelrt.runtime.session import Array, Float32, Sessions, open_sessions
+from reelrt.runtime.saving import saving
+from reelrt.runtime.session import Array, Float32, GpuSessions, Sessions, open_sessions, run_each
 from reelrt.runtime.text import TextEncoder, Tokenizer
-from reelrt.runtime.video import FilePath, Video
+from reelrt.runtime.video import FilePath, Video, check_writable, first_file
 
 MOST_THREADS = 1024
 CUT_SHOWN = 60
 """Letters of a prompt's cut end that a warning shows; the metadata keep all of it."""
+
+Encoded = tuple[list[Request], float, list[dict[str, str]]]
+"""The loop's requests, the seconds that encoding took, and per job which words did not fit."""
 
 Prompts = list[str] | tuple[str, ...]  # a str is a Sequence[str] too, so that would not tell them apart
 
@@ -72,6 +79,8 @@ def load(
 class TextToVideo:
     """A loaded text-to-video pipeline. Calls from several threads take turns.
 
+    While one call denoises, the prompts of the next one are encoded already.
+
     Attributes:
         engines: The engine set it runs.
 
@@ -86,7 +95,10 @@ class TextToVideo:
         self._limits = Limits(engines)
         self._text = TextEncoder(Tokenizer(engines.folder / TOKENIZER, engines.pipeline), sessions)
         self._loop: tuple[tuple[int, ...], StepLoop] | None = None
-        self._turn, self._owner = threading.Lock(), 0
+        self._turn, self._inside = threading.Lock(), set[int]()
+        # Where stages take turns, a prompt would stop the video that is being made; where one engine is
+        # loaded at a time, it would throw the step's out.
+        self._encodes_ahead = not isinstance(sessions, GpuSessions) or sessions.overlaps
 
     @property
     def solvers(self) -> tuple[str, ...]:
@@ -121,6 +133,8 @@ class TextToVideo:
         size: tuple[int, int] | None = None,
         solver: str | None = None,
         latents: Float32 | None = None,
+        save_to: FilePath | Sequence[FilePath] | None = None,
+        fps: float = 8,
         progress: Progress | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Video: ...
@@ -138,6 +152,8 @@ class TextToVideo:
         size: tuple[int, int] | None = None,
         solver: str | None = None,
         latents: Float32 | None = None,
+        save_to: FilePath | Sequence[FilePath] | None = None,
+        fps: float = 8,
         progress: Progress | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> list[Video]: ...
@@ -154,6 +170,8 @@ class TextToVideo:
         size: tuple[int, int] | None = None,
         solver: str | None = None,
         latents: Float32 | None = None,
+        save_to: FilePath | Sequence[FilePath] | None = None,
+        fps: float = 8,
         progress: Progress | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Video | list[Video]:
@@ -176,6 +194,10 @@ class TextToVideo:
             latents: Starting noise of unit variance instead of a seed, float32 [1, C, F, h, w] for
                 every prompt or [N, C, F, h, w] for N prompts; it sets frames and size. See
                 `starting_latents`.
+            save_to: Where to write the videos, a path for one prompt and one each for several: the
+                files that `Video.save` gives. Frames are encoded while later ones are decoded; each
+                file appears when it is whole.
+            fps: Frames per second of the files.
             progress: Told of the stages `text` (prompts), `denoise` (launches) and `decode`
                 (frames).
             should_cancel: Asked between launches (`threading.Event().is_set`, say).
@@ -184,9 +206,10 @@ class TextToVideo:
             A video for one prompt, a list in the order of the prompts for several.
 
         Raises:
-            InputError: An empty prompt, or any value that is not possible.
+            InputError: An empty prompt, any value that is not possible, or a file that cannot be written.
             RangeError: Steps, solver, frames or size that the engines do not take.
-            Cancelled: `should_cancel` said so. The pipeline stays usable, as after Ctrl-C.
+            Cancelled: `should_cancel` said so. The pipeline stays usable, as after Ctrl-C; no file is
+                left half-written.
             BackendError: An engine failed or produced numbers that are none.
         """
         jobs = plan(
@@ -201,14 +224,17 @@ class TextToVideo:
             solver=solver,
             latents=latents,
         )
-        if self._owner == threading.get_ident():
+        paths = _paths(save_to, prompt, fps)
+        me, told = threading.get_ident(), _checked(progress or silent, should_cancel or (lambda: False))
+        if me in self._inside:
             raise InputError("generate was called from its own progress or should_cancel.")
-        with self._turn:
-            self._owner = threading.get_ident()
-            try:
-                videos = self._run(jobs, progress or silent, should_cancel or (lambda: False))
-            finally:
-                self._owner = 0
+        try:
+            self._inside.add(me)
+            encoded = self._encode(jobs, told) if self._encodes_ahead else None
+            with self._turn:
+                videos = self._run(jobs, encoded or self._encode(jobs, told), paths, fps, told)
+        finally:
+            self._inside.discard(me)
         return videos[0] if isinstance(prompt, str) else videos
 
     def starting_latents(
@@ -237,41 +263,44 @@ class TextToVideo:
         """
         self._limits.starts(latents, 1)
         size = self._limits.decoder_frames
-        for begin in range(0, latents.shape[2], size):
-            part = np.ascontiguousarray(latents[:, :, begin : begin + size])
-            yield self._sessions.run("vae_decoder", {"latents": part})["frames"][0]
+        parts = (
+            np.ascontiguousarray(latents[:, :, begin : begin + size])
+            for begin in range(0, latents.shape[2], size)
+        )
+        for outputs in run_each(self._sessions, "vae_decoder", ({"latents": part} for part in parts)):
+            yield outputs["frames"][0]
 
-    def _run(self, jobs: Sequence[Job], progress: Progress, should_cancel: Callable[[], bool]) -> list[Video]:
-        def checked(stage: str, done: int, total: int) -> None:
-            progress(stage, done, total)
-            if should_cancel():
-                raise Cancelled(f"cancelled during {stage}.")
-
-        requests, text_seconds, cuts = self._encode(jobs, checked)
+    def _run(
+        self, jobs: Sequence[Job], encoded: Encoded, paths: Sequence[Path | None], fps: float, told: Progress
+    ) -> list[Video]:
+        requests, text_seconds, cuts = encoded
         for words in dict.fromkeys(words for cut in cuts for words in cut.values()):
             length = self.engines.pipeline.geometry.tokens
             shown = words if len(words) <= CUT_SHOWN else f"{words[:CUT_SHOWN]}…"
             count = f"{len(words.split())} words were" if " " in words else "this was"
             message = f"a prompt is longer than the model's {length} tokens; {count} cut: {shown!r}"
             warnings.warn(message, UserWarning, stacklevel=3)
-        denoised = self._denoise(requests, checked)
+        denoised = self._denoise(requests, told)
         videos: list[Video] = []
         total = sum(job.shape[1] for job in jobs)
-        for job, cut, (latents, denoise_seconds) in zip(jobs, cuts, denoised, strict=True):
-            began, parts = time.perf_counter(), []
-            for part in self.decode(latents[None]):
-                parts.append(part)
-                checked("decode", sum(map(len, parts)) + len(videos) * job.shape[1], total)
-            decode_seconds = time.perf_counter() - began
-            timings = {"text": text_seconds, "denoise": denoise_seconds, "decode": decode_seconds}
-            metadata = self.metadata(job, cut)
-            videos.append(Video(np.concatenate(parts), latents[None], metadata, timings, peak_memory()))
+        for job, cut, path, (latents, denoise_seconds) in zip(jobs, cuts, paths, denoised, strict=True):
+            metadata, parts, frames = self.metadata(job, cut), list[Frames](), job.shape[1]
+            timings = {"text": text_seconds, "denoise": denoise_seconds}
+            began = time.perf_counter()
+            with _nowhere() if path is None else saving(path, frames, metadata, fps) as take:
+                for part in self.decode(latents[None]):
+                    parts.append(part)
+                    take(part)
+                    told("decode", sum(map(len, parts)) + len(videos) * frames, total)
+                decoded = time.perf_counter()
+            timings["decode"] = decoded - began
+            if path is not None:
+                timings["encode"] = time.perf_counter() - decoded
+            file = path and first_file(path, frames)
+            videos.append(Video(np.concatenate(parts), latents[None], metadata, timings, peak_memory(), file))
         return videos
 
-    def _encode(
-        self, jobs: Sequence[Job], progress: Progress
-    ) -> tuple[list[Request], float, list[dict[str, str]]]:
-        """The loop's requests, the seconds it took, and per job which words did not fit."""
+    def _encode(self, jobs: Sequence[Job], progress: Progress) -> Encoded:
         began, requests, cuts = time.perf_counter(), [], []
         for done, job in enumerate(jobs):
             progress("text", done, len(jobs))
@@ -300,17 +329,18 @@ class TextToVideo:
         results: dict[int, tuple[Float32, float]] = {}
         done, total = 0, sum(len(request.table) for request in requests)
         try:
-            while waiting or running:
-                while waiting and loop.free:
-                    index, request = waiting.popleft()
-                    running[loop.admit(request)] = index, time.perf_counter()
-                progress("denoise", done, total)
-                loop.step()
-                done += len(running)
-                for slot in [slot for slot in running if slot.finished]:
-                    index, began = running.pop(slot)
-                    results[index] = check_finite(loop.latents(slot)), time.perf_counter() - began
-                    loop.release(slot)
+            with span("denoise"):
+                while waiting or running:
+                    while waiting and loop.free:
+                        index, request = waiting.popleft()
+                        running[loop.admit(request)] = index, time.perf_counter()
+                    progress("denoise", done, total)
+                    loop.step()
+                    done += len(running)
+                    for slot in [slot for slot in running if slot.finished]:
+                        index, began = running.pop(slot)
+                        results[index] = check_finite(loop.latents(slot)), time.perf_counter() - began
+                        loop.release(slot)
             progress("denoise", total, total)
         finally:
             loop.clear()
@@ -346,6 +376,44 @@ class TextToVideo:
             "precision": self.engines.engines["step"].precision,
             "reelrt": __version__,
         }
+
+
+def _checked(progress: Progress, should_cancel: Callable[[], bool]) -> Progress:
+    """Tells progress, then asks whether to go on."""
+
+    def told(stage: str, done: int, total: int) -> None:
+        progress(stage, done, total)
+        if should_cancel():
+            raise Cancelled(f"cancelled during {stage}.")
+
+    return told
+
+
+def _paths(
+    save_to: FilePath | Sequence[FilePath] | None, prompt: str | Prompts, fps: float
+) -> list[Path | None]:
+    """Where each video shall be written, checked before any work; None is nowhere.
+
+    Raises:
+        InputError: Not as many as there are prompts, one twice, or a place that cannot be written.
+    """
+    count = 1 if isinstance(prompt, str) else len(prompt)
+    if save_to is None:
+        return [None] * count
+    paths = [Path(path) for path in ([save_to] if isinstance(save_to, str | os.PathLike) else save_to)]
+    if len(paths) != count:
+        raise InputError(f"save_to names {len(paths)} files for {count} prompts; give one each.")
+    if len(set(paths)) != count:
+        raise InputError("save_to names a file twice.")
+    for path in paths:
+        check_writable(path, fps)
+    return [*paths]
+
+
+@contextmanager
+def _nowhere() -> Iterator[Callable[[Frames], None]]:
+    """Takes the place of `saving` for a video that is not saved."""
+    yield lambda _part: None
 
 
 def check_finite(latents: Array) -> Float32:

@@ -26,32 +26,40 @@ class MemoryPlan:
         scratch: One block for the activations of every stage in turn; 0 for a backend that did
             not say when it built.
         buffers: Stage to the size of its inputs and outputs.
+        overlap: Whether other stages run beside the step.
+        aside: What that takes: their own block for activations, and the decoder's buffers twice.
     """
 
     residency: str
     weights: Mapping[str, int]
     scratch: int
     buffers: Mapping[str, int]
+    overlap: bool = False
+    aside: int = 0
 
     @property
     def total(self) -> int:
         """The most there is at a time."""
         weights = self.weights.values()
         loaded = sum(weights) if self.residency == "all" else max(weights, default=0)
-        return loaded + self.scratch + sum(self.buffers.values())
+        return loaded + self.scratch + self.aside + sum(self.buffers.values())
 
     def __str__(self) -> str:
         parts = [
             *(f"{stage} {_mib(size)}" for stage, size in self.weights.items()),
             f"activations {_mib(self.scratch)}",
             f"buffers {_mib(sum(self.buffers.values()))}",
+            *([f"other stages beside the step {_mib(self.aside)}"] if self.overlap else []),
         ]
         how = "engines loaded one at a time" if self.residency == "staged" else "all engines loaded"
         return f"{_mib(self.total)} ({', '.join(parts)}; {how})"
 
 
 def plan_memory(
-    engines: EngineSet, residency: str, latents: tuple[int, int, int, int] | None = None
+    engines: EngineSet,
+    residency: str,
+    latents: tuple[int, int, int, int] | None = None,
+    overlap: bool = False,
 ) -> MemoryPlan:
     """Plan the memory of an engine set.
 
@@ -59,17 +67,24 @@ def plan_memory(
         engines: The engine set.
         residency: One of `RESIDENCIES`.
         latents: (C, F, h, w) of the videos. Default: the largest of the profile.
+        overlap: Whether other stages shall run beside the step.
     """
-    return MemoryPlan(
-        residency,
-        {name: engine.weight_bytes for name, engine in engines.engines.items()},
-        max(_activations(engine, latents) for engine in engines.engines.values()),
-        {name: _buffers(engine, latents) for name, engine in engines.engines.items()},
-    )
+    weights = {name: engine.weight_bytes for name, engine in engines.engines.items()}
+    activations = {name: _activations(engine, latents) for name, engine in engines.engines.items()}
+    buffers = {name: _buffers(engine, latents) for name, engine in engines.engines.items()}
+    if not overlap:
+        return MemoryPlan(residency, weights, max(activations.values()), buffers)
+    step = activations.pop("step")
+    aside = max(activations.values()) + buffers["vae_decoder"]
+    return MemoryPlan(residency, weights, step, buffers, True, aside)
 
 
 def choose_memory(
-    engines: EngineSet, free: int, residency: str | None, latents: tuple[int, int, int, int] | None = None
+    engines: EngineSet,
+    free: int,
+    residency: str | None,
+    latents: tuple[int, int, int, int] | None = None,
+    overlap: bool = True,
 ) -> MemoryPlan:
     """The first plan that fits into the free memory.
 
@@ -78,6 +93,7 @@ def choose_memory(
         free: Free device memory in bytes.
         residency: One of `RESIDENCIES`; None takes the first that fits.
         latents: As in `plan_memory`.
+        overlap: Whether other stages may run beside the step, where that fits as well.
 
     Raises:
         InputError: No such residency.
@@ -85,9 +101,10 @@ def choose_memory(
     """
     if residency is not None and residency not in RESIDENCIES:
         raise InputError(f"residency {residency!r} is not known.", f"Choose one of {', '.join(RESIDENCIES)}.")
-    plans = [
-        plan_memory(engines, each, latents) for each in ([residency] if residency else list(RESIDENCIES))
-    ]
+    asked = [residency] if residency else list(RESIDENCIES)
+    plans = [plan_memory(engines, each, latents) for each in asked]
+    if overlap and "all" in asked:
+        plans.insert(0, plan_memory(engines, "all", latents, overlap=True))
     for plan in plans:
         if plan.total <= free:
             return plan

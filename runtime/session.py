@@ -2,13 +2,22 @@
 
 These protocols are all that the loop and the pipeline know of a backend. Which library and which
 memory stand behind them is the backend's business.
+
+Threads. A step session, and the loop over it, belong to one thread at a time. Everything of `Sessions`
+may be called from any thread at any time, also while another thread launches steps: several step
+sessions may be open, and `run` may be called by several threads at once. Results do not depend on that.
+ONNX Runtime runs such calls side by side on the CPU. On a GPU they run on a stream of their own beside
+the step's where the memory plan has room for that (`GpuSessions.overlaps`), else between two launches.
+When one thread's call runs out of the GPU's memory, everything is freed: the others' step sessions then
+answer with a BackendError until their requests are written again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +25,7 @@ import numpy.typing as npt
 from reelrt.bundle.manifest import EngineSet
 from reelrt.errors import BackendError, CompatibilityError, InputError
 from reelrt.jetson.device import detect
+from reelrt.runtime.ranges import span
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -23,6 +33,8 @@ Float32 = npt.NDArray[np.float32]
 
 class StepSession(Protocol):
     """The step engine with buffers for one latent shape, one row of the batch per slot.
+
+    It belongs to one thread at a time.
 
     Every buffer is allocated once, for `capacity` rows. The state and its counter exist twice:
     a launch reads one side and writes the other, then the sides change roles. Tables, prompts and
@@ -61,7 +73,7 @@ class StepSession(Protocol):
 
 
 class Sessions(Protocol):
-    """An opened engine set."""
+    """An opened engine set; any thread may use it, see above."""
 
     def run(self, stage: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a stage other than the step once.
@@ -80,6 +92,62 @@ class Sessions(Protocol):
     def open_step(self, latents: tuple[int, int, int, int]) -> StepSession:
         """Allocate the buffers of a step loop for latents of one shape (C, F, h, w)."""
 
+
+Result = Callable[[], dict[str, Array]]
+"""Waits for a stage that was started, and gives its outputs, which are the caller's to keep; called once."""
+
+
+@runtime_checkable
+class GpuSessions(Sessions, Protocol):
+    """An opened engine set on a GPU."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether other stages run beside the step, and one is copied to the host while the next one runs."""
+
+    def submit(self, stage: str, inputs: Mapping[str, Array]) -> Result:
+        """Start what `run` does, and return before it is done.
+
+        Args:
+            stage: `text_encoder` or `vae_decoder`.
+            inputs: As for `run`; they may be changed right after.
+
+        Raises:
+            BackendError: The engine failed; it may also say so only when it is asked for the result.
+        """
+
+
+def run_each(
+    sessions: Sessions, stage: str, inputs: Iterable[Mapping[str, Array]]
+) -> Iterator[dict[str, Array]]:
+    """Run a stage on one after the other; where a GPU overlaps, the next one runs while this one is used.
+
+    Args:
+        sessions: The opened engine set.
+        stage: `text_encoder` or `vae_decoder`.
+        inputs: Of each run.
+
+    Yields:
+        The outputs of each, in order.
+    """
+    if not (isinstance(sessions, GpuSessions) and sessions.overlaps):
+        for each in inputs:
+            with span(stage):
+                outputs = sessions.run(stage, each)
+            yield outputs
+        return
+    ahead: deque[Result] = deque()
+    for each in inputs:
+        with span(stage):
+            ahead.append(sessions.submit(stage, each))
+        if len(ahead) == AHEAD:
+            yield ahead.popleft()()
+    while ahead:
+        yield ahead.popleft()()
+
+
+AHEAD = 2
+"""Runs of a stage that are started before the first one's outputs are asked for."""
 
 Opener = Callable[..., Sessions]
 

@@ -1,10 +1,11 @@
 """Prompts to embeddings: CLIP tokenisation, the text encoder, and a cache of what it said.
 
-Knows nothing of guidance or pictures.
+Knows nothing of guidance or pictures. Several threads may encode at once.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from reelrt.bundle.manifest import Pipeline
 from reelrt.errors import IntegrityError
+from reelrt.runtime.ranges import span
 from reelrt.runtime.session import Array, Sessions
 
 CACHED_PROMPTS = 256
@@ -85,6 +87,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Tokenizer, sessions: Sessions) -> None:
         self._tokenizer, self._sessions = tokenizer, sessions
+        self._looking = threading.Lock()
         self._cache: OrderedDict[str, tuple[Array, str]] = OrderedDict()
         self.hits = self.misses = 0
 
@@ -95,15 +98,19 @@ class TextEncoder:
             Its embeddings [L, D] in the encoder's precision, not to be written to; and the words
             that were cut, or "".
         """
-        if prompt in self._cache:
-            self.hits += 1
-        else:
-            self.misses += 1
-            tokens = self._tokenizer(prompt)
+        with self._looking:
+            found = self._cache.get(prompt)
+            self.hits += found is not None
+            self.misses += found is None
+            if found is not None:
+                self._cache.move_to_end(prompt)
+                return found
+        tokens = self._tokenizer(prompt)
+        with span("text_encoder"):
             text = self._sessions.run("text_encoder", {"tokens": tokens.ids[None]})["text"][0]
-            text.flags.writeable = False
+        text.flags.writeable = False
+        with self._looking:
             self._cache[prompt] = text, tokens.cut
             if len(self._cache) > CACHED_PROMPTS:
                 self._cache.popitem(last=False)
-        self._cache.move_to_end(prompt)
-        return self._cache[prompt]
+        return text, tokens.cut

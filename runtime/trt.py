@@ -1,6 +1,9 @@
 """TensorRT and TensorRT-RTX as backends of the runtime: an opened engine set, and its memory.
 
-Everything runs on one stream, in order. How the step engine is driven stands in
+The step runs on one stream, in order. The other stages run there too, between its launches, or where
+the memory plan has room for it on a stream beside, with activations of their own and a third stream
+that copies results to the host. One lock, the turn, is held while something is loaded, allocated, freed
+or put on a stream, never while the GPU is waited for. How the step engine is driven stands in
 `reelrt.runtime.trt_step`; what differs between versions of the library in
 `reelrt.runtime.trt_library`.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,10 +24,10 @@ import numpy as np
 
 from reelrt.bundle.manifest import Engine, EngineSet
 from reelrt.errors import DeviceMemoryError
-from reelrt.runtime.cuda import Buffer, Device, Stream, mib, stream_handle
+from reelrt.runtime.cuda import Buffer, Device, Event, Stream, mib, stream_handle
 from reelrt.runtime.execution import Execution, Scratch
 from reelrt.runtime.residency import MemoryPlan, choose_memory
-from reelrt.runtime.session import Array
+from reelrt.runtime.session import Array, Result
 from reelrt.runtime.trt_library import OpenedEngine, load_library
 from reelrt.runtime.trt_step import Gpu, TrtStep
 
@@ -47,8 +51,8 @@ def open_sessions(
     Args:
         engines: The engine set.
         threads: Not used: the GPU does the work.
-        stream: A caller's CUDA stream, of any library, that everything shall run on; it must
-            outlive the sessions. None makes one.
+        stream: A caller's CUDA stream, of any library, that everything shall run on, in order; it
+            must outlive the sessions. None makes one, and others beside it where the memory suffices.
         residency: `all` engines loaded, or `staged`, one at a time; None takes what fits.
 
     Raises:
@@ -62,7 +66,7 @@ def open_sessions(
     with device.current():
         library = load_library(engines)
     free, _ = device.memory()
-    plan = choose_memory(engines, free, residency)
+    plan = choose_memory(engines, free, residency, overlap=stream is None)
     return TrtSessions(engines, library, device, Stream(device, stream), plan)
 
 
@@ -84,8 +88,29 @@ class MemoryUse:
     engines: int
 
 
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Where stages run.
+
+    Attributes:
+        stream: The engines' stream.
+        copies: The stream that copies results to the host; the same one when nothing overlaps.
+        scratch: The activations' block.
+    """
+
+    stream: Stream
+    copies: Stream
+    scratch: Scratch
+
+    def settle(self) -> None:
+        """Wait before something is freed."""
+        self.stream.settle()
+        if self.copies is not self.stream:
+            self.copies.settle()
+
+
 class TrtSessions:
-    """An opened engine set; see `reelrt.runtime.session.Sessions`.
+    """An opened engine set; see `reelrt.runtime.session.GpuSessions`.
 
     Args:
         engines: The engine set.
@@ -102,17 +127,31 @@ class TrtSessions:
         self._engines, self._library, self._plan = engines, library, plan
         self._opened: dict[str, OpenedEngine] = {}
         self._taken: dict[str, int] = {}
-        self._calls: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], _Call] = OrderedDict()
+        self._calls: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], list[_Call]] = OrderedDict()
         self._steps: WeakSet[TrtStep] = WeakSet()
+        self._turn = threading.RLock()
         self._scratch = Scratch(device, stream)
+        self._lane = Lane(stream, stream, self._scratch)
+        if plan.overlap:
+            beside = Stream(device)
+            self._lane = Lane(beside, Stream(device), Scratch(device, beside))
         self._told = False
         if plan.residency == "all":
             with self._guarded():
                 for name in engines.engines:
                     self._open(name)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether other stages run beside the step."""
+        return self._plan.overlap
+
     def run(self, stage: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a stage once on arrays of any size within its profile."""
+        return self.submit(stage, inputs)()
+
+    def submit(self, stage: str, inputs: Mapping[str, Array]) -> Result:
+        """Start a stage; its buffers are used again when the result was asked for, or dropped."""
         engine = self._engines.engines[stage]
         sizes = {
             str(axis): extent
@@ -121,17 +160,26 @@ class TrtSessions:
             if isinstance(axis, str)
         }
         with self._guarded():
-            opened = self._open(stage)
-            key = stage, tuple(sorted(sizes.items()))
-            if key not in self._calls:
-                same = [each for each in self._calls if each[0] == stage]
-                for old in same[: max(len(same) - CALLS_KEPT + 1, 0)]:
-                    self._calls.pop(old).close()
-                self._calls[key] = _Call(self, engine, opened, sizes)
-            self._calls.move_to_end(key)
-            outputs = self._calls[key](inputs)
-        self._finished()
-        return outputs
+            started = _Started(self, self._free_call(stage, sizes))
+            started.call.start(inputs)
+        return started
+
+    def _free_call(self, stage: str, sizes: Mapping[str, int]) -> _Call:
+        """Buffers for a size that nobody waits for; the sizes used last are kept."""
+        opened = self._open(stage)
+        key = stage, tuple(sorted(sizes.items()))
+        if key not in self._calls:
+            same = [each for each in self._calls if each[0] == stage]
+            for old in same[: max(len(same) - CALLS_KEPT + 1, 0)]:
+                for call in self._calls.pop(old):
+                    call.close()
+            self._calls[key] = []
+        self._calls.move_to_end(key)
+        free = next((call for call in self._calls[key] if not call.busy), None)
+        if free is None:
+            free = _Call(self.device, self._lane, self._engines.engines[stage], opened, sizes)
+            self._calls[key].append(free)
+        return free
 
     def open_step(self, latents: tuple[int, int, int, int]) -> TrtStep:
         """Allocate the step's buffers for latents [C, F, h, w]."""
@@ -140,11 +188,13 @@ class TrtSessions:
             self.stream,
             self._scratch,
             lambda: self._open("step"),
+            self._turn,
             self._guarded,
-            self._finished,
+            self.finished,
         )
         step = TrtStep(gpu, self._engines.engines["step"], latents)
-        self._steps.add(step)
+        with self._turn:
+            self._steps.add(step)
         return step
 
     def memory(self) -> MemoryUse:
@@ -153,17 +203,17 @@ class TrtSessions:
 
     def release(self) -> None:
         """Free everything on the device; whatever is asked for next is loaded again."""
-        self.stream.settle()
-        with self.device.current():
+        with self._turn, self.device.current():
             for step in self._steps:
                 step.release()
             for stage in list(self._opened):
                 self._close(stage)
             self._scratch.release()
+            self._lane.scratch.release()
 
     def __del__(self) -> None:
         """Free what the library holds while the context is current, which no collector sees to."""
-        if hasattr(self, "_scratch") and not sys.is_finalizing():
+        if hasattr(self, "_told") and not sys.is_finalizing():
             self.release()
 
     def _open(self, stage: str) -> OpenedEngine:
@@ -181,18 +231,20 @@ class TrtSessions:
 
     def _close(self, stage: str) -> None:
         self.stream.settle()
+        self._lane.settle()
         with self.device.current():
             self._opened[stage].save_cache()
             if stage == "step":
                 for step in self._steps:
                     step.evict()
             for key in [key for key in self._calls if key[0] == stage]:
-                self._calls.pop(key).close()
+                for call in self._calls.pop(key):
+                    call.close()
             self._opened.pop(stage).close()
             self._taken.pop(stage, None)
 
     @contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def recovering(self) -> Iterator[None]:
         """Free everything when the memory is used up, so that a smaller request can follow."""
         try:
             yield
@@ -205,69 +257,112 @@ class TrtSessions:
             return
         raise DeviceMemoryError(f"{message} Planned were {plan}.", remedy, plan)
 
-    def _finished(self) -> None:
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Take the turn; memory that is used up is freed when it was given back."""
+        with self.recovering(), self._turn:
+            yield
+
+    def finished(self) -> None:
         """After each run: keep compiled kernels, and compare the memory in use with the plan."""
-        for opened in self._opened.values():
-            opened.save_cache()
-        use = self.memory()
-        used, allowed = use.peak + use.engines, TOLERATED * self._plan.total + SLACK_BYTES
-        if self._plan.scratch and used > allowed and not self._told:
-            self._told = True
-            log.warning("%s of GPU memory are in use; planned were %s", mib(used), self._plan)
+        with self._turn:
+            for opened in self._opened.values():
+                opened.save_cache()
+            use = self.memory()
+            used, allowed = use.peak + use.engines, TOLERATED * self._plan.total + SLACK_BYTES
+            if self._plan.scratch and used > allowed and not self._told:
+                self._told = True
+                log.warning("%s of GPU memory are in use; planned were %s", mib(used), self._plan)
+
+
+class _Started:
+    """A stage that was started; see `reelrt.runtime.session.Result`."""
+
+    def __init__(self, sessions: TrtSessions, call: _Call) -> None:
+        self._sessions, self.call = sessions, call
+        call.busy = True
+
+    def __call__(self) -> dict[str, Array]:
+        with self._sessions.recovering():
+            outputs = self.call.outputs()
+        self.call.busy = False
+        self._sessions.finished()
+        return outputs
+
+    def __del__(self) -> None:
+        """Nobody asks any more; whoever uses the buffers next waits until the GPU is done with them."""
+        self.call.busy = False
 
 
 class _Call:
-    """A stage other than the step, with buffers for one size of its inputs."""
+    """A stage other than the step, with buffers for one size of its inputs.
+
+    Device memory is freed by `close`. Host memory and events go when nobody refers to them any more, for
+    another thread may be waiting for a result just then.
+
+    Attributes:
+        busy: Whether somebody will ask for the outputs.
+    """
 
     def __init__(
-        self, sessions: TrtSessions, engine: Engine, opened: OpenedEngine, sizes: Mapping[str, int]
+        self, device: Device, lane: Lane, engine: Engine, opened: OpenedEngine, sizes: Mapping[str, int]
     ) -> None:
-        device, self._stream = sessions.device, sessions.stream
         spec = engine.spec
         tensors = {
             name: (tensor.shape(sizes), tensor.numpy_dtype(engine.precision))
             for name, tensor in {**spec.inputs, **spec.outputs}.items()
         }
-        self._inputs, self._outputs, self._device = list(spec.inputs), list(spec.outputs), device
-        self._under_way = False
+        self._inputs, self._outputs = list(spec.inputs), list(spec.outputs)
+        self._device, self._lane, self.busy, self._under_way = device, lane, False, False
+        self._ran, self._copied = Event(device), Event(device)
         self._host: dict[str, Array] = {}
         self._buffers: dict[str, Buffer] = {}
         with ExitStack() as owned:  # what fails half-way keeps nothing
             for name, (shape, dtype) in tensors.items():
                 size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-                pinned = device.pin(size)
-                owned.callback(pinned.close)
-                self._host[name] = pinned.array(shape, dtype)
+                self._host[name] = device.pin(size).array(shape, dtype)
                 self._buffers[name] = device.allocate(size)
                 owned.callback(self._buffers[name].close)
             self._execution = Execution(
                 opened,
                 {name: tensors[name][0] for name in self._inputs},
                 {name: buffer.pointer for name, buffer in self._buffers.items()},
-                sessions._scratch,  # noqa: SLF001 # one module, one owner
+                lane.scratch,
             )
             owned.callback(self._execution.close)
             self._owned = owned.pop_all()
 
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def start(self, inputs: Mapping[str, Array]) -> None:
+        """Copy the inputs, run, and copy the outputs to the host; returns before any of it is done."""
+        stream, copies = self._lane.stream, self._lane.copies
         with self._device.current():
-            if self._under_way:  # the last time failed, and nothing says how far it came
-                self._stream.wait()
+            if self._under_way:  # the last time failed or was given up, and nothing says how far it came
+                stream.wait()
+                copies.wait()
             self._under_way = True
             for name in self._inputs:
                 host = self._host[name]
                 host[...] = inputs[name]
-                self._stream.upload(self._buffers[name].pointer, host.ctypes.data, host.nbytes)
-            self._execution.enqueue(self._stream)
+                stream.upload(self._buffers[name].pointer, host.ctypes.data, host.nbytes)
+            self._execution.enqueue(stream)
+            if copies is not stream:
+                stream.record(self._ran)
+                copies.follow(self._ran)
             for name in self._outputs:
                 host = self._host[name]
-                self._stream.download(host.ctypes.data, self._buffers[name].pointer, host.nbytes)
-            self._stream.wait()
-            self._under_way = False
-        return {name: self._host[name].copy() for name in self._outputs}
+                copies.download(host.ctypes.data, self._buffers[name].pointer, host.nbytes)
+            copies.record(self._copied)
+
+    def outputs(self) -> dict[str, Array]:
+        """What it gave, copied from the host's side, when it is there."""
+        with self._device.current():
+            self._copied.wait()
+        outputs = {name: self._host[name].copy() for name in self._outputs}
+        self._under_way = False
+        return outputs
 
     def close(self) -> None:
-        """Free the buffers, once nothing uses them any more."""
-        self._stream.settle()
+        """Free the device memory, once nothing uses it any more."""
+        self._lane.settle()
         with self._device.current():
             self._owned.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from reelrt.runtime.trt_library import OpenedEngine
 log = logging.getLogger("reelrt")
 
 SIDES = ("a", "b")
+PATIENCE = 2.0
+"""Seconds that a collected session waits for its turn: its thread may hold what the other one waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,9 @@ class Gpu:
         stream: Where everything runs, in order.
         scratch: The activations' block.
         step: Gives the step engine, loaded if it was not.
-        guarded: Around work that allocates: frees everything when memory is used up.
+        turn: Held while something is freed.
+        guarded: Around work that allocates or is put on the stream: takes the turn, and frees everything
+            when memory is used up.
         finished: Told when results were read.
     """
 
@@ -47,12 +52,17 @@ class Gpu:
     stream: Stream
     scratch: Scratch
     step: Callable[[], OpenedEngine]
+    turn: threading.RLock
     guarded: Callable[[], AbstractContextManager[None]]
     finished: Callable[[], None]
 
 
 class _Memory:
-    """Everything that is allocated for one latent shape, once."""
+    """Everything that is allocated for one latent shape, once.
+
+    Device memory is freed by `close`. Host memory and events go when nobody refers to them any more, for
+    a thread may be waiting for one just then.
+    """
 
     def __init__(self, device: Device, engine: Engine, sizes: dict[str, int]) -> None:
         specs = engine.spec.inputs
@@ -67,6 +77,7 @@ class _Memory:
         self._owned = ExitStack()
         self.device: dict[str, Buffer] = {}
         self.unsettled: set[int] = set()
+        self.fetching = False
         try:
             self._allocate(device, sizes["batch"])
         except BaseException:
@@ -83,21 +94,15 @@ class _Memory:
             {name: self._pin(device, *each) for name, each in single.items()} for _ in range(capacity)
         ]
         self.result = self._pin(device, *single["state"])
-        self.uploaded = [self._event(device) for _ in range(capacity)]
-        self.reached = [self._event(device) for _ in SIDES]
-
-    def _event(self, device: Device) -> Event:
-        event = Event(device)
-        self._owned.callback(event.close)
-        return event
+        self.uploaded = [Event(device) for _ in range(capacity)]
+        self.reached = [Event(device) for _ in SIDES]
+        self.fetched = Event(device)
 
     def _pin(self, device: Device, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        pinned = device.pin(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
-        self._owned.callback(pinned.close)
-        return pinned.array(shape, dtype)
+        return device.pin(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize).array(shape, dtype)
 
     def close(self) -> None:
-        """Free everything; nothing may be under way."""
+        """Free the device memory; nothing may be under way."""
         self._owned.close()
 
     def address(self, name: str, row: int) -> int:
@@ -203,31 +208,32 @@ class TrtStep:
 
     def move(self, source: int, target: int) -> None:
         """Copy a row to another row."""
-        memory, side = self._ready(), SIDES[self._side]
-        with self._gpu.device.current():
+        with self._gpu.guarded(), self._gpu.device.current():
+            memory, side = self._ready(), SIDES[self._side]
             for name in ("table", "text", f"state.{side}", f"step.{side}"):
                 size = memory.rows[name.partition(".")[0]]
                 self._gpu.stream.copy(memory.address(name, target), memory.address(name, source), size)
 
     def launch(self, active: int) -> None:
         """Let the GPU advance the first rows by one row of their tables, then swap the sides."""
-        memory, side, stream = self._ready(), self._side, self._gpu.stream
-        with self._gpu.device.current():
-            memory.reached[side].wait()
-            graph = self._graphs.get((active, side))
-            if graph is not None and self._captured == self._gpu.scratch.version:
-                graph.launch(stream)
-            else:
-                self._enqueue(active, side)
-            stream.record(memory.reached[side])
-        self._side = 1 - side
+        gpu = self._gpu
+        with gpu.device.current():
+            self._ready().reached[self._side].wait()  # not holding the turn: other stages start meanwhile
+            with gpu.guarded():
+                memory, side = self._ready(), self._side
+                graph = self._graphs.get((active, side))
+                if graph is not None and self._captured == gpu.scratch.version:
+                    graph.launch(gpu.stream)
+                else:
+                    self._enqueue(active, side)
+                gpu.stream.record(memory.reached[side])
+                self._side = 1 - side
 
     def _enqueue(self, active: int, side: int) -> None:
         """Launch without a graph, then capture one for the next time."""
         stream, scratch = self._gpu.stream, self._gpu.scratch
-        with self._gpu.guarded():
-            execution = self._execution(active, side)
-            execution.enqueue(stream)
+        execution = self._execution(active, side)
+        execution.enqueue(stream)
         if self.graphs_off:
             return
         if self._captured != scratch.version:
@@ -255,22 +261,29 @@ class TrtStep:
 
     def read(self, row: int) -> Float32:
         """A copy of the latents in a row, when all launches are done."""
-        latents: Float32 = self._read(row, 1)[0].copy()
+        latents: Float32 = self._read(row, 1)[0]
         return latents
 
     def read_state(self, row: int) -> Float32:
         """A copy of the latents and the history in a row, when all launches are done."""
-        return self._read(row, len(self._ready().result)).copy()
+        return self._read(row, self._engine.spec.inputs["state"].shape(self._sizes)[1])
 
     def _read(self, row: int, rows: int) -> Float32:
-        """The first rows of a state, where the next call overwrites them."""
-        memory = self._ready()
+        stream = self._gpu.stream
         with self._gpu.device.current():
-            source = memory.address(f"state.{SIDES[self._side]}", row)
-            self._gpu.stream.download(memory.result.ctypes.data, source, rows * memory.latent_bytes)
-            self._gpu.stream.wait()
+            with self._gpu.guarded():
+                memory = self._ready()
+                if memory.fetching:  # the last time failed, and nothing says how far it came
+                    stream.wait()
+                memory.fetching = True
+                source = memory.address(f"state.{SIDES[self._side]}", row)
+                stream.download(memory.result.ctypes.data, source, rows * memory.latent_bytes)
+                stream.record(memory.fetched)
+            memory.fetched.wait()
+        state: Float32 = memory.result[:rows].copy()
+        memory.fetching = False
         self._gpu.finished()
-        return memory.result[:rows]
+        return state
 
     def view(self, row: int) -> DeviceArray:
         """The latents in a row where they lie, valid until the next launch, write or move."""
@@ -305,5 +318,11 @@ class TrtStep:
 
     def __del__(self) -> None:
         """Launches may be under way when the last one who knew of them is gone."""
-        if hasattr(self, "_memory") and not sys.is_finalizing():
+        if not hasattr(self, "_memory") or sys.is_finalizing():
+            return
+        taken = self._gpu.turn.acquire(timeout=PATIENCE)
+        try:
             self.release()
+        finally:
+            if taken:
+                self._gpu.turn.release()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from reelrt.bundle.files import atomic_files
 from reelrt.errors import InputError
-from reelrt.runtime.formats import FORMATS, Format
+from reelrt.runtime.formats import FORMATS, Format, Frames
 
 SLOWEST, FASTEST = 0.1, 1000
 """Frames per second; below that, what players make of a file differs."""
@@ -40,9 +40,11 @@ class Video:
             the prompt was too long. Plain JSON values. Equal metadata on one backend means equal
             bytes, unless the seed is None (the starting latents were given).
         timings: Wall-clock seconds of the stages `text`, `denoise` and `decode`. `denoise` counts
-            from joining the batch to leaving it.
+            from joining the batch to leaving it. With `generate(save_to=...)` also `encode`: from the
+            last decoded frame to the finished file.
         peak_memory: Largest resident size of the process so far, in bytes; 0 where the system
             does not say.
+        path: The file that `generate(save_to=...)` wrote, the first one for PNG; else None.
     """
 
     frames: npt.NDArray[np.uint8]
@@ -50,6 +52,7 @@ class Video:
     metadata: Mapping[str, Any]
     timings: Mapping[str, float] = field(default_factory=dict)
     peak_memory: int = 0
+    path: Path | None = None
 
     def save(self, path: FilePath, fps: float = 8) -> Path:
         """Write the video; the extension chooses the format.
@@ -70,22 +73,49 @@ class Video:
             InputError: Unknown extension, a place that cannot be written, a full disk, or an
                 impossible frame rate. No partial file is left.
         """
-        target = Path(path)
-        form = _format(target)
-        check_rate(fps)
-        paths = form.files(target, len(self.frames))
-        comment = json.dumps(dict(self.metadata))
-        rate = Fraction(float(fps)).limit_denominator(1001)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_files(paths) as partial:
-                form.write(partial, self.frames, rate, comment)
-            for stale in _longer(form, target, len(paths)):
-                stale.unlink()
-        except (OSError, ValueError) as error:  # ValueError: a name with a null character
-            name = getattr(error, "filename", None) or target
-            raise InputError(f"cannot write {name}: {getattr(error, 'strerror', None) or error}.") from error
-        return paths[0]
+        return write_video(path, [self.frames], len(self.frames), self.metadata, fps)
+
+
+def write_video(
+    path: FilePath, parts: Iterable[Frames], count: int, metadata: Mapping[str, Any], fps: float
+) -> Path:
+    """Write frames as they come; see `Video.save`, whose bytes they give.
+
+    Args:
+        path: Where to write.
+        parts: Frames, uint8 [n, H, W, 3], `count` of them in all; whatever they raise leaves no file.
+        count: Number of frames.
+        metadata: Plain JSON values.
+        fps: Frames per second.
+
+    Returns:
+        The file that was written; the first one for PNG.
+
+    Raises:
+        InputError: As `Video.save`.
+    """
+    target = Path(path)
+    form = _format(target)
+    check_rate(fps)
+    paths = form.files(target, count)
+    comment = json.dumps(dict(metadata))
+    rate = Fraction(float(fps)).limit_denominator(1001)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_files(paths) as partial:
+            form.write(partial, parts, rate, comment)
+        for stale in _longer(form, target, len(paths)):
+            stale.unlink()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        name = getattr(error, "filename", None) or target
+        raise InputError(f"cannot write {name}: {getattr(error, 'strerror', None) or error}.") from error
+    return paths[0]
+
+
+def first_file(path: FilePath, count: int) -> Path:
+    """The file, the first one for PNG, that a path and a number of frames stand for."""
+    target = Path(path)
+    return _format(target).files(target, count)[0]
 
 
 def _longer(form: Format, target: Path, count: int) -> Iterator[Path]:

@@ -80,8 +80,6 @@ class Admission:
             self._board.meter.count("submitted")
             self.enqueue(job, worker, plan)
             finished = self._board.job(job.id) or job
-        if request.latents is not None and request.seed is not None:
-            self._store.name_seed(owner, request.latents, request.seed)
         return finished
 
     def enqueue(self, job: Job, worker: Worker, plan: Plan) -> None:

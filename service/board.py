@@ -146,7 +146,7 @@ class Board:
                 won = not task.over
                 if won:
                     self._unsaved[job.id] = job
-        self._leave(task)
+        self._leave(task, status)
         if won:
             self.meter.count("ended", status)
             for stage, seconds in job.timings.items():
@@ -165,16 +165,16 @@ class Board:
         with self._lock:
             self._unsaved.pop(job.id, None)
         if task is not None:
-            self._leave(task)
+            self._leave(task, "cancelled")
             if won:
                 self.meter.count("ended", "cancelled")
                 self.hub.publish(Event("deleted", job.but(status="cancelled")))
         self.clerk.do(lambda: self.trajectories.remove(job.id))
         return won
 
-    def _leave(self, task: Task) -> None:
+    def _leave(self, task: Task, outcome: Status) -> None:
         with self._lock:
-            task.over = True
+            task.outcome = task.outcome or outcome
             self._tasks.pop(task.job.id, None)
         self.left(task)
 

@@ -113,7 +113,7 @@ class JobStore:
                 raise _refused(self._path, error) from error
 
     def add(self, job: Job, fingerprint: str, asked: str, idempotency_key: str | None) -> None:
-        """Write a new job, with all that makes it the one it is.
+        """Write a new job, with all that makes it the one it is, and keep its seed under its name.
 
         Args:
             job: The job, in any status.
@@ -135,6 +135,8 @@ class JobStore:
         query = f"INSERT INTO jobs ({names}) VALUES ({', '.join('?' * len(row))})"  # noqa: S608 (our names)
         with self._writing() as connection:
             connection.execute(query, tuple(row.values()))
+            if job.request.latents is not None:
+                _name_seed(connection, job.owner, job.request.latents, str(job.request.seed))
 
     def started(self, job_id: str, at: float) -> None:
         """A job joined the batch."""
@@ -234,22 +236,21 @@ class JobStore:
         rows = self._rows("SELECT seed FROM latents WHERE owner = ? AND name = ?", owner, name)
         return int(rows[0][0]) if rows else None
 
-    def name_seed(self, owner: str, name: str, seed: int) -> None:
-        """Keep a seed under a name, or say that it was used again."""
-        with self._writing() as connection:
-            (newest,) = connection.execute("SELECT coalesce(max(used), 0) + 1 FROM latents").fetchone()
-            values = (owner, name, str(seed), newest)
-            connection.execute("INSERT OR REPLACE INTO latents VALUES (?, ?, ?, ?)", values)
-            connection.execute(
-                """DELETE FROM latents WHERE owner = ?1 AND name NOT IN
-                (SELECT name FROM latents WHERE owner = ?1 ORDER BY used DESC LIMIT ?2)""",
-                (owner, NAMES_PER_OWNER),
-            )
-
     def close(self) -> None:
         """Let go of the file."""
         with self._lock:
             self._connection.close()
+
+
+def _name_seed(connection: sqlite3.Connection, owner: str, name: str, seed: str) -> None:
+    """Keep a seed under a name, or say that it was used again; the names unused longest go."""
+    (newest,) = connection.execute("SELECT coalesce(max(used), 0) + 1 FROM latents").fetchone()
+    connection.execute("INSERT OR REPLACE INTO latents VALUES (?, ?, ?, ?)", (owner, name, seed, newest))
+    connection.execute(
+        """DELETE FROM latents WHERE owner = ?1 AND name NOT IN
+        (SELECT name FROM latents WHERE owner = ?1 ORDER BY used DESC LIMIT ?2)""",
+        (owner, NAMES_PER_OWNER),
+    )
 
 
 def _refused(path: Path, error: sqlite3.Error) -> StorageError:

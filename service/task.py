@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from reelrt.runtime import loop, request
-from reelrt.service.jobs import Job
+from reelrt.service.jobs import Job, Status
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +40,7 @@ class Task:
         overtaken: How often others were before it that came after it.
         prepared: What it needs to join the batch, once that is there.
         preparing: Whether somebody sees to that, or has done.
-        over: Whether it has ended; whoever has it lets go of it.
+        outcome: How it ended, once it has; whoever has it lets go of it.
         done: Launches it has seen.
         timings: Seconds of the stages so far.
         started_at: When it joined the batch, in seconds since 1970.
@@ -56,12 +56,17 @@ class Task:
     overtaken: int = 0
     prepared: Prepared | None = None
     preparing: bool = False
-    over: bool = False
+    outcome: Status | None = None
     done: int = 0
     timings: dict[str, float] = field(default_factory=dict)
     started_at: float | None = None
     joined: float = 0.0
     expires: float | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self.outcome is not None
 
     @property
     def progress(self) -> int:

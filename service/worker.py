@@ -14,7 +14,7 @@ from collections.abc import Callable
 from reelrt.errors import BackendError, DeviceMemoryError, StorageError
 from reelrt.runtime.loop import Request, Slot, StepLoop
 from reelrt.runtime.pipeline import TextToVideo
-from reelrt.runtime.session import Float32
+from reelrt.runtime.session import Float32, GpuSessions
 from reelrt.service.board import DEADLINE, Board
 from reelrt.service.line import Line
 from reelrt.service.options import ServiceOptions
@@ -61,6 +61,8 @@ class Worker:
         self._board, self._options = board, options
         self._finish, self._congested, self._show = finish, congested, show
         self._line = Line(options.overtakes)
+        # Where stages take turns with the step, a preview would stop every video that is being made.
+        self._overlaps = not isinstance(pipe.sessions, GpuSessions) or pipe.sessions.overlaps
         self._batch: dict[Slot, Task] = {}
         self._loop: tuple[tuple[int, ...], StepLoop] | None = None
         self._wake = threading.Condition()
@@ -151,14 +153,14 @@ class Worker:
                 if self._stop:
                     break
                 self._news = False
-            self._drop()
-            while (task := self._next()) is not None:
-                self._join(task)
-            if self._batch:
-                try:
+            try:
+                self._drop()
+                while (task := self._next()) is not None:
+                    self._join(task)
+                if self._batch:
                     self._advance()
-                except Exception as error:  # noqa: BLE001 (the service outlives every engine)
-                    self._failed(error)
+            except Exception as error:  # noqa: BLE001 (the service outlives every engine)
+                self._failed(error)
         for task in self._batch.values():
             self._board.put_back(task)
         self._batch.clear()
@@ -244,8 +246,10 @@ class Worker:
         step = task.prepared.points.get(task.done)
         if step is not None:
             job_id, state, keep = task.job.id, loop.state(slot), self._board.trajectories.keep
-            self._board.clerk.do(lambda: None if task.over else keep(job_id, step, state))
-        every = self._options.preview_every
+            self._board.clerk.do(
+                lambda: keep(job_id, step, state) if task.outcome in (None, "completed") else None
+            )
+        every = self._options.preview_every if self._overlaps else 0
         if every and task.done % every == 0 and self._board.hub.wanted(task.job.id, previews=True):
             self._show(self, task, loop.latents(slot))
 

@@ -8,6 +8,9 @@ what it answers with silent damage is kept in `violations`, which must stay empt
 - an address outside every live allocation, or in freed memory;
 - an output that overlaps an input;
 - host memory changed while a copy from it was under way, or not pinned at all;
+- memory that two streams use, one of them to write, with neither an event nor a wait between them;
+- the target of a download used for another one before anybody waited for the first;
+- work that one thread puts on a stream while another thread captures it;
 - what the library holds freed while it is under way, or with no context current.
 
 Memory that nobody wrote holds NaN. `faults` may let any call fail; a wait that fails has waited all the
@@ -21,7 +24,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,11 +42,16 @@ WAITS = ("cuStreamSynchronize", "cuEventSynchronize")
 
 @dataclass(slots=True)
 class Work:
-    """Something a stream has to do; a graph replays it. `under_way` counts how often it waits."""
+    """Something a stream has to do; a graph replays it. `under_way` counts how often it waits.
+
+    `clock` says of each stream up to which of its works this one comes later, itself included.
+    """
 
     name: str
     run: Callable[[], None]
     under_way: list[int]
+    stream: int = 0
+    clock: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -52,13 +60,18 @@ class Stream:
     work: deque[Work] = field(default_factory=deque)
     recording: list[Work] | None = None
     invalid: bool = False
+    thread: int = 0
+    clock: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Event:
+    """A point in a stream's work; each time an event is recorded it stands for a new one."""
+
     stream: int = 0
     reached: bool = True
     at: float = 0.0
+    clock: dict[int, int] = field(default_factory=dict)
 
 
 class SimulatedDriver:
@@ -92,6 +105,11 @@ class SimulatedDriver:
         self._execs: dict[int, list[Work]] = {}
         self._contexts: Counter[int] = Counter()
         self._current: dict[int, list[int]] = {}
+        self._lock = threading.RLock()
+        self._host: dict[int, int] = {}
+        self._running: Work | None = None
+        self._touched: dict[int, dict[tuple[int, int, bool, int], tuple[int, str]]] = {}
+        self._landing: dict[tuple[int, int], tuple[int, int]] = {}
         self._next = 0x1000
 
     # What a test asks of it
@@ -111,7 +129,9 @@ class SimulatedDriver:
     def violate(self, what: str) -> None:
         self.violations.append(what)
 
-    def bytes_at(self, pointer: int, size: int, what: str, device: bool = True) -> np.ndarray | None:
+    def bytes_at(
+        self, pointer: int, size: int, what: str, device: bool = True, write: bool = False
+    ) -> np.ndarray | None:
         """A range as bytes, if it lies in one live allocation of the right kind."""
         index = bisect_right(self._starts, pointer) - 1
         start = self._starts[index] if index >= 0 else -1
@@ -120,24 +140,42 @@ class SimulatedDriver:
             kind = "device" if device else "pinned"
             self.violate(f"{what}: {size} bytes at {pointer:#x} are not {kind} memory that is in use")
             return None
+        if self._running is not None:
+            self._touch(self._running, start, (pointer, pointer + size), write, what)
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
+
+    def _touch(self, work: Work, start: int, span: tuple[int, int], write: bool, what: str) -> None:
+        """Note that work uses memory; whoever used it on another stream has to come earlier."""
+        touched = self._touched.setdefault(start, {})
+        for (low, high, wrote, stream), (tick, before) in touched.items():
+            apart = high <= span[0] or span[1] <= low
+            ordered = stream == work.stream or work.clock.get(stream, 0) >= tick
+            if (write or wrote) and not (apart or ordered):
+                self.violate(f"{what} and {before} of another stream use the same memory in no order")
+        touched[(*span, write, work.stream)] = work.clock[work.stream], what
 
     def enqueue(
         self, stream: int, name: str, run: Callable[[], None], under_way: list[int] | None = None
     ) -> Any:
         """Put work on a stream, or into the graph that it records."""
-        work = Work(name, run, [0] if under_way is None else under_way)
-        found = self._streams.get(stream)
-        if found is None:
-            return Status.CUDA_ERROR_INVALID_HANDLE
-        if found.recording is not None:
-            if found.invalid:
-                return Status.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
-            found.recording.append(work)
-        else:
-            found.work.append(work)
-            work.under_way[0] += 1
-        return OK
+        with self._lock:
+            work = Work(name, run, [0] if under_way is None else under_way, stream)
+            found = self._streams.get(stream)
+            if found is None:
+                return Status.CUDA_ERROR_INVALID_HANDLE
+            if found.recording is not None:
+                if found.thread != threading.get_ident():
+                    self.violate(f"{name} is put on a stream that another thread captures")
+                if found.invalid:
+                    return Status.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
+                found.recording.append(work)
+            else:
+                _merge(found.clock, self._host)
+                found.clock[stream] = found.clock.get(stream, 0) + 1
+                work.clock = dict(found.clock)
+                found.work.append(work)
+                work.under_way[0] += 1
+            return OK
 
     def has_context(self) -> bool:
         """Whether this thread has a context."""
@@ -156,6 +194,10 @@ class SimulatedDriver:
 
     def allocate(self, size: int, device: bool = True) -> int:
         """Memory that holds NaN; 0 when there is not so much."""
+        with self._lock:
+            return self._allocate(size, device)
+
+    def _allocate(self, size: int, device: bool) -> int:
         if device and self.used + size > self.total:
             return 0
         raw = np.full(size + 2 * ALIGNMENT, POISON, np.uint8)
@@ -166,6 +208,10 @@ class SimulatedDriver:
         return pointer
 
     def release(self, pointer: int, device: bool = True) -> Any:
+        with self._lock:
+            return self._release(pointer, device)
+
+    def _release(self, pointer: int, device: bool) -> Any:
         size, on_device = self._sizes.get(pointer, (0, not device))
         if on_device != device:
             self.violate(f"{pointer:#x} is freed and is no {'device' if device else 'pinned'} memory in use")
@@ -174,6 +220,10 @@ class SimulatedDriver:
             self._drain(stream)
         raw = self._blocks.pop(pointer)
         del self._sizes[pointer]
+        self._touched.pop(pointer, None)
+        self._landing = {
+            span: each for span, each in self._landing.items() if not pointer <= span[0] < pointer + size
+        }
         self._starts.remove(pointer)
         raw[:] = POISON
         self._quarantine.append(raw)
@@ -188,12 +238,13 @@ class SimulatedDriver:
             return value
 
         def call(*arguments: Any) -> tuple[Any, ...]:
-            self.calls[name] += 1
-            fault = self.faults(name)
-            if not fault or name in WAITS:
-                answer = value(*(_plain(each) for each in arguments))
-            if fault:
-                answer = (fault,)
+            with self._lock:
+                self.calls[name] += 1
+                fault = self.faults(name)
+                if not fault or name in WAITS:
+                    answer = value(*(_plain(each) for each in arguments))
+                if fault:
+                    answer = (fault,)
             return answer if isinstance(answer, tuple) else (answer,)
 
         return call
@@ -213,7 +264,10 @@ class SimulatedDriver:
         """What may not be called while this thread captures: it ruins the capture."""
         if missing := self._no_context():
             return missing
-        capturing = [each for each in self._streams.values() if each.recording is not None]
+        me = threading.get_ident()
+        capturing = [
+            each for each in self._streams.values() if each.recording is not None and each.thread == me
+        ]
         for stream in capturing:
             stream.invalid = True
         return Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED if capturing else None
@@ -223,7 +277,21 @@ class SimulatedDriver:
         while found.work and not (until is not None and until.reached):
             work = found.work.popleft()
             work.under_way[0] -= 1
-            work.run()
+            before, self._running = self._running, work
+            try:
+                work.run()
+            finally:
+                self._running = before
+
+    def _wait_for(self, stream: int) -> Any:
+        """Let the host wait for a stream; nobody may while it is captured."""
+        found = self._streams[stream]
+        if found.recording is not None:
+            found.invalid = True
+            return Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+        self._drain(stream)
+        _merge(self._host, found.clock)
+        return OK
 
     # The driver's functions
 
@@ -290,7 +358,7 @@ class SimulatedDriver:
 
         def run():
             now = self.bytes_at(srcHost, ByteCount, "upload", device=False)
-            target = self.bytes_at(dstDevice, ByteCount, "upload")
+            target = self.bytes_at(dstDevice, ByteCount, "upload", write=True)
             if now is None or target is None:
                 return
             if now.tobytes() != before:
@@ -303,20 +371,26 @@ class SimulatedDriver:
         target = self.bytes_at(dstHost, ByteCount, "download", device=False)
         if target is None:
             return OK
+        for (low, high), (stream, tick) in self._landing.items():
+            if low < dstHost + ByteCount and dstHost < high and self._host.get(stream, 0) < tick:
+                self.violate("a download's target is used again before anybody waited for it")
         target[:] = POISON  # whoever reads before the copy is done reads this
 
         def run():
             source = self.bytes_at(srcDevice, ByteCount, "download")
-            now = self.bytes_at(dstHost, ByteCount, "download", device=False)
+            now = self.bytes_at(dstHost, ByteCount, "download", device=False, write=True)
             if source is not None and now is not None:
                 now[:] = source
 
-        return self._no_context() or self.enqueue(hStream, "download", run)
+        status = self._no_context() or self.enqueue(hStream, "download", run)
+        if status == OK and self._streams[hStream].recording is None:
+            self._landing[dstHost, dstHost + ByteCount] = hStream, self._streams[hStream].clock[hStream]
+        return status
 
     def cuMemcpyDtoDAsync(self, dstDevice, srcDevice, ByteCount, hStream):
         def run():
             source = self.bytes_at(srcDevice, ByteCount, "copy")
-            target = self.bytes_at(dstDevice, ByteCount, "copy")
+            target = self.bytes_at(dstDevice, ByteCount, "copy", write=True)
             if abs(dstDevice - srcDevice) < ByteCount:
                 self.violate("a copy overlaps itself")
             elif source is not None and target is not None:
@@ -326,7 +400,7 @@ class SimulatedDriver:
 
     def cuMemsetD8Async(self, dstDevice, uc, N, hStream):
         def run():
-            target = self.bytes_at(dstDevice, N, "memset")
+            target = self.bytes_at(dstDevice, N, "memset", write=True)
             if target is not None:
                 target[:] = uc
 
@@ -351,15 +425,14 @@ class SimulatedDriver:
     def cuStreamSynchronize(self, hStream):
         if hStream not in self._streams:
             return Status.CUDA_ERROR_INVALID_HANDLE
-        if forbidden := self._forbidden():
-            return forbidden
-        self._drain(hStream)
-        return OK
+        return self._forbidden() or self._wait_for(hStream)
 
     def cuStreamWaitEvent(self, hStream, hEvent, Flags):
-        event = self._events.get(hEvent)
-        if event is None:
+        event, stream = self._events.get(hEvent), self._streams.get(hStream)
+        if event is None or stream is None:
             return Status.CUDA_ERROR_INVALID_HANDLE
+        if stream.recording is None:
+            _merge(stream.clock, event.clock)
         return self.enqueue(hStream, "wait", lambda: event.reached or self._drain(event.stream, event))
 
     def cuStreamBeginCapture(self, hStream, mode):
@@ -368,7 +441,7 @@ class SimulatedDriver:
             return Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
         if stream.recording is not None:
             return Status.CUDA_ERROR_ILLEGAL_STATE
-        stream.recording, stream.invalid = [], False
+        stream.recording, stream.invalid, stream.thread = [], False, threading.get_ident()
         return OK
 
     def cuStreamEndCapture(self, hStream):
@@ -416,13 +489,16 @@ class SimulatedDriver:
         return OK
 
     def cuEventRecord(self, hEvent, hStream):
-        event = self._events[hEvent]
-        event.stream, event.reached = hStream, False
+        event = Event(hStream, False)
 
         def reach():
             event.reached, event.at = True, time.perf_counter()
 
-        return self._no_context() or self.enqueue(hStream, "event", reach)
+        status = self._no_context() or self.enqueue(hStream, "event", reach)
+        if status == OK:
+            event.clock = dict(self._streams[hStream].clock)
+            self._events[hEvent] = event
+        return status
 
     def cuEventSynchronize(self, hEvent):
         event = self._events.get(hEvent)
@@ -432,6 +508,7 @@ class SimulatedDriver:
             return forbidden
         if not event.reached:
             self._drain(event.stream, event)
+        _merge(self._host, event.clock)
         return OK
 
     def cuEventElapsedTime(self, hStart, hEnd):
@@ -439,6 +516,11 @@ class SimulatedDriver:
         if not (start.reached and end.reached):
             return Status.CUDA_ERROR_NOT_READY, None
         return OK, 1000 * (end.at - start.at)
+
+
+def _merge(clock: dict[int, int], other: Mapping[int, int]) -> None:
+    for stream, tick in other.items():
+        clock[stream] = max(clock.get(stream, 0), tick)
 
 
 def _plain(argument: Any) -> Any:

@@ -255,12 +255,13 @@ def simulated_library(driver: SimulatedDriver, name: str = "tensorrt_rtx 1.7.1")
                 ranges, arrays = {}, {}
                 for name, shape in {**shapes, **outputs}.items():
                     size = math.prod(shape) * dtypes[name].itemsize
-                    if driver.bytes_at(addresses[name], size, f"{spec.name}.{name}") is None:
+                    written = name in outputs
+                    if driver.bytes_at(addresses[name], size, f"{spec.name}.{name}", write=written) is None:
                         return
                     ranges[name] = addresses[name], addresses[name] + size
                     raw = (ctypes.c_uint8 * size).from_address(addresses[name])
                     arrays[name] = np.ndarray(shape, dtypes[name], buffer=raw)
-                block = driver.bytes_at(*scratch, f"{spec.name}'s activations")
+                block = driver.bytes_at(*scratch, f"{spec.name}'s activations", write=True)
                 if block is None:
                     return
                 block[:] = POISON

@@ -96,7 +96,7 @@ def test_a_stream_follows_an_event_of_another(device):
     assert target.item() == 3
 
 
-def test_streams_do_not_wait_for_each_other_by_themselves(device):
+def test_streams_do_not_wait_for_each_other_by_themselves(device, driver):
     first, second = Stream(device), Stream(device)
     a, source, target = device.allocate(4), pinned(device, [3]), pinned(device, [0])
     with device.current():
@@ -105,6 +105,8 @@ def test_streams_do_not_wait_for_each_other_by_themselves(device):
         second.wait()
         assert np.isnan(target).all()
         first.wait()
+    assert driver.violations == ["upload and download of another stream use the same memory in no order"]
+    driver.violations.clear()
 
 
 def test_timed_events(device):

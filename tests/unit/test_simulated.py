@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
-from reelrt.runtime.cuda import Device, Stream
+from reelrt.runtime.cuda import Device, Event, Stream
 from tests.simulated.driver import SimulatedDriver
 
 
@@ -67,6 +69,56 @@ def test_a_copy_onto_itself(driver, device):
         stream.copy(a.pointer + 4, a.pointer, 8)
         stream.wait()
     caught(driver, "overlaps itself")
+
+
+def test_two_streams_that_nothing_orders(driver, device):
+    """The second copy may read before, while or after the first one writes."""
+    one, two, event = Stream(device), Stream(device), Event(device)
+    a, b = device.allocate(8), device.allocate(8)
+    with device.current():
+        one.clear(a.pointer, 8)
+        one.record(event)
+        two.follow(event)
+        two.copy(b.pointer, a.pointer, 8)
+        two.wait()
+        one.wait()
+        assert driver.violations == []
+        one.clear(a.pointer, 8)
+        two.copy(b.pointer, a.pointer, 8)
+        one.wait()  # too late: the copy was put on its stream before
+        two.wait()
+    caught(driver, "copy and memset of another stream use the same memory in no order")
+
+
+def test_a_downloads_target_that_is_used_again_too_early(driver, device):
+    stream, a, host = Stream(device), device.allocate(4), device.pin(4).array((1,), np.float32)
+    with device.current():
+        stream.clear(a.pointer, 4)
+        for _ in range(2):
+            stream.download(host.ctypes.data, a.pointer, 4)
+            stream.wait()
+        assert driver.violations == []
+        stream.download(host.ctypes.data, a.pointer, 4)
+        stream.download(host.ctypes.data, a.pointer, 4)
+        stream.wait()
+    caught(driver, "before anybody waited")
+
+
+def test_another_threads_work_in_a_capture(driver, device):
+    stream, a = Stream(device), device.allocate(8)
+
+    def clear():
+        with device.current():
+            stream.clear(a.pointer, 8)
+
+    def work():
+        thread = threading.Thread(target=clear)
+        thread.start()
+        thread.join()
+
+    with device.current():
+        stream.capture(work)
+    caught(driver, "memset is put on a stream that another thread captures")
 
 
 def test_memory_nobody_wrote_is_nan(device):

@@ -281,7 +281,7 @@ def test_another_size_after_cancelling_waits_for_what_is_under_way(pipe, cpu):
 
 def test_a_failed_launch_is_an_error_and_the_next_video_is_right(machine, pipe, cpu):
     wanted = [cpu.generate("red", steps=6, seed=4)]
-    for name in ("cuGraphLaunch", "enqueueV3", "cuMemcpyDtoHAsync", "cuStreamSynchronize"):
+    for name in ("cuGraphLaunch", "enqueueV3", "cuMemcpyDtoHAsync", "cuEventSynchronize"):
         left = [3 if name != "cuMemcpyDtoHAsync" else 1]
 
         def fault(call, name=name, left=left):
@@ -313,7 +313,7 @@ def test_memory_is_what_was_planned(machine, source, tmp_path):
         pipe = reelrt.load(engines.folder, residency=residency)
         pipe.generate(PROMPTS, steps=3, frames=8, size=(64, 64), seed=1)
         use = pipe._sessions.memory()
-        assert use.plan == plan_memory(engines, residency)
+        assert use.plan == plan_memory(engines, residency, overlap=residency == "all")
         assert 0 < use.allocated <= use.peak <= use.plan.total
         assert use.allocated <= machine.driver.used
         del pipe
