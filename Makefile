@@ -31,7 +31,7 @@ comma := ,
 # What a bundle has to be calibrated for first.
 CALIBRATED := $(filter int8,$(PRECISION))
 RUN_EXTRAS := export$(if $(DEVICE_EXTRA),$(comma)$(DEVICE_EXTRA))$(if $(CALIBRATED),$(comma)calibration)
-TEST_EXTRAS := export,rtx,calibration,dev
+TEST_EXTRAS := export,rtx,calibration,service,dev
 # Processes that run tests beside each other; most tests keep one core busy.
 WORKERS ?= 2
 

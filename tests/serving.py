@@ -18,7 +18,7 @@ from tests.commands import ENVIRONMENT
 
 KEYS = ("first-key-of-the-tests", "second-key-of-the-tests")
 START_SECONDS, STOP_SECONDS, VIDEO_SECONDS = 60, 60, 60
-SMALL = {"num_frames": 2, "num_inference_steps": 2}
+SMALL: dict[str, Any] = {"num_frames": 2, "num_inference_steps": 2}
 """What makes a request of the tiniest model quick."""
 
 

@@ -25,7 +25,14 @@ LONG = {"num_frames": 16, "num_inference_steps": 100}
 
 @pytest.fixture(scope="module")
 def served(tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    limits = {"most_body": MOST_BODY, "body_seconds": 1, "streams": STREAMS, "queue": 2, "slots": 1}
+    limits = {
+        "most_body": MOST_BODY,
+        "body_seconds": 1,
+        "sync_seconds": 0.5,
+        "streams": STREAMS,
+        "queue": 2,
+        "slots": 1,
+    }
     folder = tmp_path_factory.mktemp("guarded")
     with serving(tiny_engines, folder / "data", api_keys=",".join(KEYS), **limits) as running:
         yield running
