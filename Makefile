@@ -75,6 +75,11 @@ lint: $(TEST_READY) ## ruff, mypy, and who may import whom
 bench-memory: $(TEST_READY) ## Peak GPU memory of an ms-1.7b-size model on an RTX 3060; no GPU needed, some 20 minutes
 	$(BIN)/python -m benchmarks.memory
 
+.PHONY: proto
+proto: ## Generate the gRPC door's messages from service/videos.proto
+	$(PYTHON) -m venv build/protoc && build/protoc/bin/pip install -q grpcio-tools==1.76.0
+	build/protoc/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. reelrt/service/videos.proto
+
 .PHONY: clean
 clean: ## Remove what was built, but not the environment
 	rm -rf build/lib build/bdist.* build/bundle build/bundle-* build/engines build/engines-* build/video.mp4 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

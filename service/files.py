@@ -42,8 +42,8 @@ class RangeFile(FileResponse):
             nonlocal refused
             if message["type"] == "http.response.start" and message["status"] in _SAYS:
                 refused = True
-                ranges = [value for name, value in message["headers"] if name == b"content-range"]
-                headers = {"Content-Range": ranges[0].decode()} if ranges else {}
+                size = self.headers["content-length"]
+                headers = {"Content-Range": f"bytes */{size}"} if message["status"] == 416 else {}
                 answer = Refusal(message["status"], _SAYS[message["status"]], headers=headers)
                 raw, body = answer.raw
                 await send({"type": "http.response.start", "status": answer.status, "headers": raw})

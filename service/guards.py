@@ -54,6 +54,21 @@ def owner_of(key: str) -> str:
     return "key-" + hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
+def owner_for(header: str, keys: Sequence[str]) -> str | None:
+    """Who sends an `Authorization` header; None where its key is none of the keys.
+
+    Every key is compared with, each in the same time, whichever is right.
+    """
+    if not keys:
+        return ANONYMOUS
+    scheme, _, given = header.partition(" ")
+    found = None
+    for key in keys:
+        if hmac.compare_digest(key.encode(), given.strip().encode("utf-8", "surrogateescape")):
+            found = owner_of(key)
+    return found if scheme.lower() == "bearer" else None
+
+
 class Keys:
     """Asks for an API key, as `Authorization: Bearer KEY`, and says who is asking.
 
@@ -65,37 +80,21 @@ class Keys:
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self._app = app
-        self._keys = [key.encode() for key in keys]
-        self._owners = [owner_of(key) for key in keys]
+        self._app, self._keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401, or pass the request on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        owner: str | None = ANONYMOUS
-        if self._keys and not is_open(scope["path"]):
-            owner = self._owner(Headers(scope=scope).get("authorization", ""))
+        header = Headers(scope=scope).get("authorization", "")
+        owner = ANONYMOUS if is_open(scope["path"]) else owner_for(header, self._keys)
         if owner is None:
-            refusal = Refusal(
-                401, "The API key is missing or wrong.", headers={"WWW-Authenticate": 'Bearer realm="reelrt"'}
-            )
-            await refuse(refusal, send)
+            challenge = {"WWW-Authenticate": 'Bearer realm="reelrt"'}
+            await refuse(Refusal(401, "The API key is missing or wrong.", headers=challenge), send)
             return
         scope.setdefault("state", {})["owner"] = owner
         await self._app(scope, receive, send)
-
-    def _owner(self, header: str) -> str | None:
-        """Compare with every key, each in the same time, whichever is right."""
-        scheme, _, given = header.partition(" ")
-        if scheme.lower() != "bearer":
-            return None
-        found = None
-        for key, owner in zip(self._keys, self._owners, strict=True):
-            if hmac.compare_digest(key, given.strip().encode("utf-8", "surrogateescape")):
-                found = owner
-        return found
 
 
 def is_open(path: str) -> bool:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -17,6 +18,9 @@ from reelrt.errors import InputError
 from reelrt.service.application import Application
 from reelrt.service.config import Settings
 from reelrt.service.jobservice import VideoService, open_service
+
+if TYPE_CHECKING:
+    from reelrt.service.rpc import Door
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +35,20 @@ class _Server(uvicorn.Server):
     Args:
         config: uvicorn's.
         application: What it serves.
-        started: Called once it listens.
+        other: Makes the door beside it, once there is an event loop.
+        started: Called with that door once both listen.
     """
 
-    def __init__(self, config: uvicorn.Config, application: Application, started: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        application: Application,
+        other: Callable[[], Door | None],
+        started: Callable[[Door | None], None],
+    ) -> None:
         super().__init__(config)
-        self._application, self._started = application, started
+        self._application, self._other, self._started = application, other, started
+        self._door: Door | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -62,13 +74,18 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
+        self._door = self._other()
+        if self._door is not None:
+            await self._door.start()
         await super().startup(sockets)
         if self.started:
-            self._started()
+            self._started(self._door)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close what is open."""
         self._application.streams.stop()
+        if self._door is not None:
+            await self._door.stop()
         await super().shutdown(sockets)
 
 
@@ -117,11 +134,25 @@ def run(
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=HEAD_BYTES,
     )
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"http://{host}:{sockets[0].getsockname()[1]}"
-    _Server(
-        config, application, lambda: started({"http": address}, [info.name for info in service.models()])
-    ).run(sockets)
+
+    def door() -> Door | None:
+        if settings.grpc_port is None:
+            return None
+        from reelrt.service.rpc import Door
+
+        where = (settings.host, settings.grpc_port)
+        return Door(
+            service, settings.keys, application.streams, where, settings.most_body, settings.connections
+        )
+
+    def told(door: Door | None) -> None:
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        addresses = {"http": f"http://{host}:{sockets[0].getsockname()[1]}"}
+        if door is not None:
+            addresses["grpc"] = f"{host}:{door.port}"
+        started(addresses, [info.name for info in service.models()])
+
+    _Server(config, application, door, told).run(sockets)
 
 
 @contextmanager
