@@ -124,7 +124,7 @@ class Board:
             Whether this was its end; False when it was over, or deleted.
 
         Raises:
-            StorageError: That it is completed could not be written; it is not over then.
+            StorageError: That it is completed or cancelled could not be written; it is not over then.
         """
         now = time.time()
         job = self.now(task).but(
@@ -140,7 +140,7 @@ class Board:
         try:
             won = self.store.finish(job)
         except StorageError:
-            if status == "completed":
+            if status != "failed":
                 raise
             with self._lock:  # it is over all the same; the sweeper writes it when the disk allows
                 won = not task.over

@@ -6,12 +6,15 @@ waits. Knows nothing of how jobs are done or how events reach a client.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable
 
 from reelrt.service.jobs import Event, EventKind
+
+log = logging.getLogger("reelrt")
 
 
 class Subscription:
@@ -60,7 +63,11 @@ class Subscription:
             self._ended = event.last
             self._arrived.notify_all()
         if self._notify is not None:
-            self._notify()
+            try:
+                self._notify()
+            except Exception:  # its reader is gone, an event loop that was closed, say
+                log.warning("a watcher is gone", exc_info=True)
+                self.close()
 
     def close(self) -> None:
         """Stop; may be called twice."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -41,26 +42,31 @@ class Finisher:
         self._decoders: dict[str, ThreadPoolExecutor] = {}
         self._encoder = ThreadPoolExecutor(1, "reelrt-encode")
         self._room = threading.Semaphore(DECODED_AHEAD)
-        self._lock, self._pending, self._stop = threading.Lock(), 0, False
+        self._lock, self._stop = threading.Lock(), False
+        self._pending: Counter[str] = Counter()
         self._previewer = ThreadPoolExecutor(1, "reelrt-preview")
         self._shown: set[str] = set()
 
     @property
     def pending(self) -> int:
         """Tasks that are being finished."""
-        return self._pending
+        return self._pending.total()
+
+    def pending_of(self, worker: Worker) -> int:
+        """Tasks of one model that are being finished."""
+        return self._pending[worker.name]
 
     def take(self, worker: Worker, task: Task, latents: Float32) -> None:
         """Take over a task; returns at once."""
         with self._lock:
-            self._pending += 1
+            self._pending[worker.name] += 1
         if worker.name not in self._decoders:
             self._decoders[worker.name] = ThreadPoolExecutor(1, f"reelrt-decode-{worker.name}")
         self._decoders[worker.name].submit(self._decode, worker, task, latents)
 
     def _done(self, worker: Worker) -> None:
         with self._lock:
-            self._pending -= 1
+            self._pending[worker.name] -= 1
         worker.wake()
 
     def _gone(self, task: Task) -> bool:
@@ -74,11 +80,13 @@ class Finisher:
         try:
             with self._board.failing(task):
                 check_finite(latents)
-                began, parts = time.perf_counter(), []
-                for part in worker.pipe.decode(latents[None]):
-                    parts.append(part)
-                    if self._gone(task):
-                        return
+                parts = []
+                with worker.turns.stage():
+                    began = time.perf_counter()
+                    for part in worker.pipe.decode(latents[None]):
+                        parts.append(part)
+                        if self._gone(task):
+                            return
                 frames = np.concatenate(parts)
                 task.timings["decode"] = time.perf_counter() - began
                 self._encoder.submit(self._encode, worker, task, frames, latents)

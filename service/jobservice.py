@@ -108,7 +108,9 @@ class VideoService:
                 self._board,
                 options,
                 finish=self._finisher.take,
-                congested=lambda: self._finisher.pending >= FINISHING_PER_SLOT * options.slots,
+                congested=lambda worker: (
+                    self._finisher.pending_of(worker) >= FINISHING_PER_SLOT * worker.slots
+                ),
                 show=self._finisher.show,
             )
             for name, pipe in pipelines.items()
@@ -222,6 +224,7 @@ class VideoService:
 
         Raises:
             NotFoundError: No such job of this owner.
+            StorageError: It could not be written down; the job goes on.
         """
         job = self.get(job_id, owner)
         task = self._board.task(job_id)
@@ -376,6 +379,8 @@ class VideoService:
                         self._remove(job)
             except StorageError as error:
                 log.warning("the sweeper waits: %s", error)
+            except Exception:  # deadlines go on
+                log.exception("the sweeper failed")
 
     def __enter__(self) -> VideoService:
         return self

@@ -136,18 +136,21 @@ class Trajectories:
 
     def remove(self, job_id: str) -> None:
         """Remove all of a job."""
+        self._forget_states(job_id)
+        self.forget_input(job_id)
+
+    def _forget_states(self, job_id: str) -> None:
         with self._lock:
             for key in [key for key in self._sizes if key[0] == job_id]:
                 self._bytes -= self._sizes.pop(key)
         shutil.rmtree(self._kept / job_id, ignore_errors=True)
-        self.forget_input(job_id)
 
     def keep_only(self, completed: Iterable[str], live: Iterable[str]) -> None:
         """Remove the states of jobs that are not completed, and the inputs of those that are over."""
         kept, needed = set(completed), set(live)
         for folder in self._kept.iterdir():
             if folder.name not in kept:
-                self.remove(folder.name)
+                self._forget_states(folder.name)
         for path in self._inputs.iterdir():
             if path.stem not in needed:
                 path.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from reelrt.service.line import Line
 from reelrt.service.options import ServiceOptions
 from reelrt.service.requests import point_step, replan, rows_per_step
 from reelrt.service.task import Prepared, Task
+from reelrt.service.turns import Turns
 
 log = logging.getLogger("reelrt")
 
@@ -34,6 +35,7 @@ class Worker:
         name: The model's name.
         pipe: The model.
         slots: Most tasks in its batch.
+        turns: Who may use the engines now.
 
     Args:
         name: The model's name.
@@ -41,7 +43,7 @@ class Worker:
         board: The live tasks.
         options: How the service is set up.
         finish: Takes over a task with its final latents; returns at once.
-        congested: Whether so many tasks are being finished that none should start.
+        congested: Whether so many of its tasks are being finished that none should start.
         show: Takes latents to make a preview of; returns at once.
     """
 
@@ -53,7 +55,7 @@ class Worker:
         options: ServiceOptions,
         *,
         finish: Callable[[Worker, Task, Float32], None],
-        congested: Callable[[], bool],
+        congested: Callable[[Worker], bool],
         show: Callable[[Worker, Task, Float32], None],
     ) -> None:
         self.name, self.pipe = name, pipe
@@ -63,6 +65,7 @@ class Worker:
         self._line = Line(options.overtakes)
         # Where stages take turns with the step, a preview would stop every video that is being made.
         self._overlaps = not isinstance(pipe.sessions, GpuSessions) or pipe.sessions.overlaps
+        self.turns = Turns(self._overlaps)
         self._batch: dict[Slot, Task] = {}
         self._loop: tuple[tuple[int, ...], StepLoop] | None = None
         self._wake = threading.Condition()
@@ -169,7 +172,7 @@ class Worker:
     def _next(self) -> Task | None:
         """The next task that joins the batch now, taken out of the line."""
         with self._wake:
-            if self._paused or len(self._batch) >= self.slots or self._congested():
+            if self._paused or len(self._batch) >= self.slots or self._congested(self):
                 return None
             task = self._line.take(self._fits)
             if task is not None:
@@ -195,7 +198,8 @@ class Worker:
             if self._loop is None or self._loop[0] != task.shape:
                 self._loop = None  # its buffers go before the new ones come
                 self._loop = task.shape, StepLoop(self.pipe.sessions.open_step(task.shape))
-            slot = self._loop[1].admit(task.prepared.request)
+            with self.turns.step():
+                slot = self._loop[1].admit(task.prepared.request)
         except BackendError:
             if not self._batch:
                 raise
@@ -227,7 +231,8 @@ class Worker:
         """One launch, and what it brought each task."""
         assert self._loop is not None
         loop, began = self._loop[1], time.perf_counter()
-        loop.step()
+        with self.turns.step():
+            loop.step()
         self._board.meter.launched(self.name, len(self._batch), time.perf_counter() - began)
         for slot, task in tuple(self._batch.items()):
             task.done += 1
@@ -294,7 +299,8 @@ class Worker:
         began, asked = time.perf_counter(), task.job.request
         plan = replan(asked, self.pipe)
         hits, misses = self.pipe.text.hits, self.pipe.text.misses
-        request, cut = self.pipe.encode(plan)
+        with self.turns.stage():
+            request, cut = self.pipe.encode(plan)
         missed = self.pipe.text.misses - misses
         self._board.meter.count("hit", "prompt", self.pipe.text.hits - hits)
         self._board.meter.count("miss", "prompt", missed)

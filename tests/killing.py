@@ -31,6 +31,8 @@ from reelrt.service.jobservice import VideoService, open_service
 from reelrt.service.options import ServiceOptions
 
 ROOT = Path(__file__).parents[1]
+DELAY = 0.1
+"""Seconds that a service lives on after the last deed that is waited for, at most."""
 PROMPTS = ("red circle", "blue square", "red square", "a red circle moving right on a black background")
 
 
@@ -58,7 +60,7 @@ def load(engines: Path, folder: Path, seed: int, first: int) -> None:
             known = service.list(limit=100, order=chance.choice(["asc", "desc"]))[0]
             job = chance.choice(known) if known else None
             deed = chance.random()
-            if deed < 0.6 or job is None:
+            if deed < 0.4 or job is None:
                 width, height = chance.choice(sizes)
                 request = VideoRequest(
                     chance.choice(PROMPTS),
@@ -79,12 +81,12 @@ def load(engines: Path, folder: Path, seed: int, first: int) -> None:
                 except (QueueFullError, ConflictError, NotFoundError) as error:
                     said("refused", key=key)
                     time.sleep(0.05 if isinstance(error, QueueFullError) else 0)
-            elif deed < 0.85:
+            elif deed < 0.9:
                 if not job.live:
                     with suppress(NotFoundError):
                         sha = digest(service, job.id) if job.status == "completed" else ""
                         said("seen", id=job.id, status=job.status, at=job.completed_at, sha=sha)
-            elif deed < 0.92:
+            elif deed < 0.95:
                 said("cancelling", id=job.id)
                 done = service.cancel(job.id)
                 said("cancelled", id=job.id, status=done.status)
@@ -128,8 +130,9 @@ class Ledger:
             self.faults.append(f"{job_id} was cancelled and is {line['status']}")
 
 
-def kill_once(engines: Path, folder: Path, ledger: Ledger, seed: int, longest: float) -> None:
-    """Start the service on a folder, let it work for a random time, kill it, and look at what it left."""
+def kill_once(engines: Path, folder: Path, ledger: Ledger, seed: int, deeds: int) -> None:
+    """Start the service on a folder, kill it after up to so many deeds, and look at what it left."""
+    chance = random.Random(seed)
     command = [
         sys.executable,
         "-m",
@@ -147,16 +150,11 @@ def kill_once(engines: Path, folder: Path, ledger: Ledger, seed: int, longest: f
             if (first := process.stdout.readline()) != b'{"what": "ready"}\n':
                 ledger.faults.append(f"it did not start: {first!r} {errors.read_text()[-2000:]}")
                 return
-            moment = time.monotonic() + random.Random(seed).uniform(0, longest)
-            os.set_blocking(process.stdout.fileno(), False)
-            text = b""
-            while (left := moment - time.monotonic()) > 0:
-                time.sleep(min(left, 0.02))
-                text += process.stdout.read() or b""
+            text = b"".join(process.stdout.readline() for _ in range(chance.randint(1, deeds)))
+            time.sleep(chance.random() * DELAY)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        os.set_blocking(process.stdout.fileno(), True)
         text += process.stdout.read()
         process.stdout.close()
     if process.returncode != -signal.SIGKILL:
