@@ -81,7 +81,9 @@ class Settings(BaseSettings):
     )
 
     most_body: int = Field(1_048_576, ge=1024, le=2**30, description="Largest request body, in bytes.")
-    body_seconds: float = Field(15, gt=0, le=3600, description="Longest time a request body may take.")
+    body_seconds: float = Field(
+        15, gt=0, le=3600, description="Longest time of a request's head, and of its body."
+    )
     sync_seconds: float = Field(600, gt=0, le=86_400, description="Longest time `/v1/videos/sync` waits.")
     streams: int = Field(64, ge=1, le=10_000, description="Most event streams open at once.")
     connections: int = Field(1024, ge=16, le=100_000, description="Most connections open at once.")

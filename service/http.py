@@ -246,7 +246,7 @@ async def events(
     waker, ring = sse.bell()
     streams.add(waker)
     try:
-        subscription = service.watch(video_id, owner, previews=previews, notify=ring)
+        subscription = await run_in_threadpool(service.watch, video_id, owner, previews=previews, notify=ring)
     except BaseException:
         streams.remove(waker)
         raise
@@ -257,13 +257,14 @@ async def events(
 async def models(request: Request, service: Service) -> JSONResponse:
     """The models, and what each takes; the first is the default."""
     points = request.app.state.settings.remix_points
-    return _json(schemas.ModelList(data=[answers.model(info, points) for info in service.models()]))
+    found = await run_in_threadpool(service.models)
+    return _json(schemas.ModelList(data=[answers.model(info, points) for info in found]))
 
 
 @router.get("/health", response_model=schemas.Health, responses=errors_of(503), summary="Whether it lives")
 async def health(service: Service) -> JSONResponse:
     """200 while every engine's thread runs: what a supervisor restarts for."""
-    found = service.health()
+    found = await run_in_threadpool(service.health)
     if not found.alive:
         raise Refusal(503, f"An engine has stopped: {found.reason}")
     return _json(schemas.Health(version=__version__))
@@ -272,7 +273,7 @@ async def health(service: Service) -> JSONResponse:
 @router.get("/ready", response_model=schemas.Ready, responses=errors_of(503), summary="Whether it takes jobs")
 async def ready(request: Request, service: Service) -> JSONResponse:
     """200 while jobs are taken: what a balancer asks."""
-    found = service.health()
+    found = await run_in_threadpool(service.health)
     if not found.ready or request.app.state.streams.stopping:
         raise Refusal(503, found.reason or "The service is stopping.", headers={"Retry-After": "5"})
     return _json(schemas.Ready())
@@ -312,7 +313,7 @@ async def _file(
 async def _end(request: Request, service: VideoService, job: Job) -> Job | None:
     """The job when it is over; None when the client went away before."""
     waker, ring = sse.bell()
-    subscription = service.watch(job.id, job.owner, previews=False, notify=ring)
+    subscription = await run_in_threadpool(service.watch, job.id, job.owner, previews=False, notify=ring)
     try:
         while True:
             waker.clear()

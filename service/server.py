@@ -17,6 +17,7 @@ import uvicorn
 from reelrt.errors import InputError
 from reelrt.service.application import Application
 from reelrt.service.config import Settings
+from reelrt.service.connections import protocol
 from reelrt.service.jobservice import VideoService, open_service
 
 if TYPE_CHECKING:
@@ -122,14 +123,13 @@ def run(
     config = uvicorn.Config(
         application,
         loop="asyncio",
-        http="h11",
+        http=protocol(settings.connections, settings.body_seconds),
         ws="none",
         lifespan="off",
         log_level="warning",
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=settings.connections,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=HEAD_BYTES,

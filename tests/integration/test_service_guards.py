@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -19,7 +19,7 @@ from tests.serving import KEYS, SMALL, Served, finished, http, make, serving
 pytest.importorskip("uvicorn", reason="the service extra is not installed")
 
 MOST_BODY = 131_072
-STREAMS = 2
+STREAMS, CONNECTIONS = 2, 32
 LONG = {"num_frames": 16, "num_inference_steps": 100}
 
 
@@ -225,8 +225,9 @@ def raw(served: Served, head: str, *parts: bytes, pause: float = 0.0) -> bytes:
             except OSError:
                 break
         answer = b""
-        while chunk := connection.recv(65536):
-            answer += chunk
+        with suppress(ConnectionResetError):
+            while chunk := connection.recv(65536):
+                answer += chunk
         return answer
 
 
@@ -247,6 +248,31 @@ def test_a_slow_body_is_not_waited_for(served: Served) -> None:
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
     assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("parts", [[], [b"X-Slow: 1\r\n"] * 30], ids=["silent", "slow"])
+def test_a_head_that_does_not_end_is_not_waited_for(served: Served, parts: list[bytes]) -> None:
+    began = time.monotonic()
+    assert raw(served, "GET /health HTTP/1.1\nHost: localhost\n", *parts, pause=0.2) == b""
+    assert time.monotonic() - began < 15
+
+
+def test_connections_are_limited_and_given_back(served: Served, client: httpx.Client) -> None:
+    host, port = served.url.removeprefix("http://").split(":")
+    with ExitStack() as open_ones:
+        for _ in range(3 * CONNECTIONS):
+            open_ones.enter_context(socket.create_connection((host, int(port)), timeout=20))
+        ends = time.monotonic() + 15  # silent ones are closed after a second
+        while not answers(client):
+            assert time.monotonic() < ends, "silent connections keep the others out"
+            time.sleep(0.1)
+
+
+def answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def test_a_body_without_end_is_cut_off(served: Served) -> None:
@@ -280,7 +306,19 @@ def test_every_answer_is_in_the_openapi_document(
     assert client.get("/v1/videos").json()["data"] == []
     # What a model takes (sizes, frames, solvers) is no part of the document, so valid forms may be refused.
     unsaid = ["--exclude-checks", "positive_data_acceptance", "--warnings", "off"]
-    words = [f"{served.url}/openapi.json", "--checks", "all", *unsaid, "-n", "3", "--seed", "1", "--no-color"]
+    words = [
+        f"{served.url}/openapi.json",
+        "--checks",
+        "all",
+        *unsaid,
+        "--phases",
+        "coverage,stateful",
+        "-n",
+        "3",
+        "--seed",
+        "1",
+        "--no-color",
+    ]
     key = ["-H", f"Authorization: Bearer {KEYS[0]}", "--request-timeout", "60", "--max-response-time", "60"]
     command = [sys.executable, "-m", "schemathesis.cli", "run", *words, *key]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -1,16 +1,21 @@
-"""The files that install the service: what systemd and Docker would say of them, as far as they can be asked."""
+"""The files that install the service: what systemd says of them, and what Docker would be given."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.unit.test_house import ROOT, tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli", reason="Python 3.10 has no TOML reader")
 
+ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "jetson" / "reelrt.service"
 
 
@@ -23,7 +28,7 @@ def test_systemd_takes_the_unit_and_finds_it_well_closed(tmp_path: Path) -> None
         ["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False
     )
     assert (verified.returncode, verified.stderr) == (0, "")
-    command = ["systemd-analyze", "security", "--offline=yes", "--threshold=30", unit]
+    command = ["systemd-analyze", "security", "--offline=yes", "--threshold=30", str(unit)]
     rated = subprocess.run(command, capture_output=True, text=True, check=False)
     assert rated.returncode == 0, rated.stdout
 
