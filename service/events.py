@@ -7,7 +7,6 @@ waits. Knows nothing of how jobs are done or how events reach a client.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable
@@ -90,51 +89,62 @@ class Hub:
 
     def __init__(self) -> None:
         self._subscriptions: dict[str, set[Subscription]] = defaultdict(set)
-        self._lock = threading.Lock()
-        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._pending: dict[tuple[str, EventKind], Event] = {}
+        self._closed = False
         self._thread = threading.Thread(target=self._deliver, name="reelrt-events", daemon=True)
         self._thread.start()
 
     def __len__(self) -> int:
-        with self._lock:
+        with self._changed:
             return sum(map(len, self._subscriptions.values()))
 
     def subscribe(self, job_id: str, notify: Callable[[], None] | None, previews: bool) -> Subscription:
         """A subscription that is told of everything from now on."""
         subscription = Subscription(notify, lambda left: self._leave(job_id, left), previews)
-        with self._lock:
+        with self._changed:
             self._subscriptions[job_id].add(subscription)
         return subscription
 
     def wanted(self, job_id: str, *, previews: bool = False) -> bool:
         """Whether anybody listens, or looks at previews."""
-        with self._lock:
+        with self._changed:
             return any(each.previews or not previews for each in self._subscriptions.get(job_id, ()))
 
     def publish(self, event: Event) -> None:
-        """Hand an event to all who subscribed to its job. Returns at once."""
-        if event.job.id in self._subscriptions:
-            self._events.put(event)
+        """Hand an event to all who subscribed to its job; it takes the place of an older one of its kind."""
+        key = event.job.id, event.kind
+        with self._changed:
+            if event.job.id in self._subscriptions:
+                self._pending.pop(key, None)
+                self._pending[key] = event
+                self._changed.notify()
 
     def _leave(self, job_id: str, subscription: Subscription) -> None:
-        with self._lock:
+        with self._changed:
             left = self._subscriptions.get(job_id, set())
             left.discard(subscription)
             if not left:
                 self._subscriptions.pop(job_id, None)
 
     def _deliver(self) -> None:
-        while (event := self._events.get()) is not None:
-            with self._lock:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._closed)
+                if not self._pending:
+                    return
+                event = self._pending.pop(next(iter(self._pending)))
                 told = tuple(self._subscriptions.get(event.job.id, ()))
             for subscription in told:
                 subscription.put(event)
 
     def close(self) -> None:
         """Deliver what was published, then stop."""
-        self._events.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
         self._thread.join()
-        with self._lock:
+        with self._changed:
             left = [each for subscriptions in self._subscriptions.values() for each in subscriptions]
         for subscription in left:
             subscription.close()

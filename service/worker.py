@@ -267,7 +267,7 @@ class Worker:
         if len(tasks) == 1:
             self._board.fail(tasks[0], error)
             return
-        if isinstance(error, DeviceMemoryError):
+        if tasks and isinstance(error, DeviceMemoryError):
             self.slots = max(1, len(tasks) - 1)
         with self._wake:
             for task in tasks:

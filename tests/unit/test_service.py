@@ -766,3 +766,17 @@ def test_a_failure_that_cannot_be_written_yet_is_told_and_written_later(start, m
         assert service._store.get(failed.id).status == "in_progress"
     until(lambda: service._store.get(failed.id).status == "failed")
     assert service.get(failed.id).error == failed.error
+
+
+def test_too_little_memory_for_three_is_room_for_two(start):
+    service, gate = start(is_open=False)
+    jobs = [service.submit(replace(RED, seed=seed)) for seed in range(3)]
+    running(service, 3, gate)
+    gate.faults["step"] += [DeviceMemoryError("100 MiB were wanted and 7 MiB are free.")]
+    gate.open()
+    assert {over(service, job).status for job in jobs} == {"completed"}
+    assert service.models()[0].slots == 2
+    seen = len(gate.batches)
+    later = [service.submit(replace(RED, seed=10 + seed)) for seed in range(4)]
+    assert {over(service, job).status for job in later} == {"completed"}
+    assert max(gate.batches[seen:]) <= 2

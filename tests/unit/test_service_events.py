@@ -1,0 +1,77 @@
+"""Watchers: the newest of each kind in order, the end last, and nobody is held up."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from reelrt.service.events import Hub
+from reelrt.service.jobs import Event, Job, VideoRequest
+
+JOB = Job("video_1", "", VideoRequest("red"), status="in_progress")
+
+
+def progress(number):
+    return Event("progress", JOB.but(progress=number))
+
+
+def test_the_newest_of_each_kind_is_kept_in_order():
+    hub = Hub()
+    subscription = hub.subscribe(JOB.id, None, previews=True)
+    for event in (
+        progress(1),
+        Event("preview", JOB, b"a"),
+        progress(2),
+        Event("completed", JOB),
+        progress(3),
+    ):
+        subscription.put(event)
+    events = subscription.take()
+    assert [event.kind for event in events] == ["preview", "progress", "completed"]
+    assert events[1].job.progress == 2
+    assert subscription.take() == []
+    hub.close()
+
+
+def test_whoever_wants_no_previews_gets_none():
+    hub = Hub()
+    plain, other = (hub.subscribe(JOB.id, None, previews=wanted) for wanted in (False, True))
+    assert hub.wanted(JOB.id) and hub.wanted(JOB.id, previews=True) and not hub.wanted("video_2")
+    hub.publish(Event("preview", JOB, b"a"))
+    assert [event.image for event in other.wait(5)] == [b"a"]
+    assert plain.take() == []
+    other.close()
+    assert not hub.wanted(JOB.id, previews=True) and len(hub) == 1
+    hub.close()
+
+
+def test_publishing_never_waits_and_what_piles_up_is_bounded():
+    """A watcher that takes its time: a thousand events later there is one of each kind."""
+    hub, go, calls = Hub(), threading.Event(), []
+
+    def slow():
+        calls.append(1)
+        go.wait(20)
+
+    subscription = hub.subscribe(JOB.id, slow, previews=True)
+    began = time.perf_counter()
+    for number in range(1000):
+        hub.publish(progress(number))
+    hub.publish(Event("completed", JOB))
+    assert time.perf_counter() - began < 5 and len(hub._pending) <= 2
+    go.set()
+    kinds = []
+    while "completed" not in kinds:
+        events = subscription.wait(5)
+        kinds += [event.kind for event in events]
+    assert len(calls) <= 3 and kinds[-1] == "completed"
+    hub.close()
+
+
+def test_closing_wakes_whoever_waits():
+    hub = Hub()
+    subscription = hub.subscribe(JOB.id, None, previews=True)
+    threading.Timer(0.05, hub.close).start()
+    began = time.monotonic()
+    assert subscription.wait(30) == []
+    assert time.monotonic() - began < 10
