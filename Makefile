@@ -30,8 +30,9 @@ DEVICE_EXTRA := $(if $(JETSON),tensorrt,$(if $(filter-out 0,$(NVIDIA))$(filter-o
 comma := ,
 # What a bundle has to be calibrated for first.
 CALIBRATED := $(filter int8,$(PRECISION))
-RUN_EXTRAS := export$(if $(DEVICE_EXTRA),$(comma)$(DEVICE_EXTRA))$(if $(CALIBRATED),$(comma)calibration)
-TEST_EXTRAS := export,rtx,calibration,dev
+SERVED := $(filter serve,$(MAKECMDGOALS))
+RUN_EXTRAS := export$(if $(SERVED),$(comma)service)$(if $(DEVICE_EXTRA),$(comma)$(DEVICE_EXTRA))$(if $(CALIBRATED),$(comma)calibration)
+TEST_EXTRAS := export,rtx,calibration,service,dev
 # Processes that run tests beside each other; most tests keep one core busy.
 WORKERS ?= 2
 
@@ -55,6 +56,11 @@ video: $(RUN_READY) ## A video: PROMPT="..." OUT=red.mp4 STEPS= SEED= MODEL= PRE
 .PHONY: engines
 engines: $(RUN_READY) ## Engines: MODEL= TARGET=host|rtx3060|orin-agx|... PRECISION=fp32|fp16|int8|int8-weights SIZE=WxH FRAMES= OUT=
 	@$(call make_engines,$(or $(OUT),$(HOME_OF_MODEL)/engines$(CALIBRATED:%=-%)$(if $(DEVICE_EXTRA),-$(TARGET))),$(TARGET),auto)
+
+.PHONY: serve
+serve: $(RUN_READY) ## The service on http://127.0.0.1:8000, with a page: PORT= MODEL= SIZE= FRAMES=
+	@$(call make_engines,$(HOME_OF_MODEL)/engines,host,onnxruntime)
+	@$(BIN)/reelrt serve "$(HOME_OF_MODEL)/engines" $(if $(PORT),--port "$(PORT)")
 
 .PHONY: test
 test: lint ## Check the style and run every test that needs no GPU
@@ -82,6 +88,11 @@ lint: $(TEST_READY) ## ruff, mypy, and who may import whom
 .PHONY: bench-memory
 bench-memory: $(TEST_READY) ## Peak GPU memory of an ms-1.7b-size model on an RTX 3060; no GPU needed, some 20 minutes
 	$(BIN)/python -m benchmarks.memory
+
+.PHONY: proto
+proto: ## Generate the gRPC door's messages from service/videos.proto
+	$(PYTHON) -m venv build/protoc && build/protoc/bin/pip install -q grpcio-tools==1.76.0
+	build/protoc/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. reelrt/service/videos.proto
 
 .PHONY: clean
 clean: ## Remove what was built, but not the environment

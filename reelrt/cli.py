@@ -27,6 +27,8 @@ from reelrt.console import (
 from reelrt.errors import IntegrityError
 from reelrt.evaluate import evaluate
 from reelrt.plan import plan
+from reelrt.remote import cancel, list_videos, submit, watch
+from reelrt.serve import serve
 
 app = typer.Typer(
     name="reelrt",
@@ -37,6 +39,11 @@ app = typer.Typer(
 )
 app.add_typer(evaluate)
 app.command(epilog=EPILOG)(plan)
+app.command(epilog=EPILOG)(serve)
+app.command(epilog=EPILOG)(submit)
+app.command(epilog=EPILOG)(watch)
+app.command("list", epilog=EPILOG)(list_videos)
+app.command(epilog=EPILOG)(cancel)
 
 Precision = Literal["fp32", "fp16"]
 EnginePrecision = Literal["fp32", "fp16", "int8", "int8-weights"]

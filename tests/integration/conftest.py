@@ -68,3 +68,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for made in (exported, built):
         assert set(json.loads(made.stdout)["stages"]) == {"text_encoder", "step", "vae_decoder"}
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine set of `tests.models.tiny_model`, made in this process."""
+    root = tmp_path_factory.mktemp("tiny")
+    tiny_model(root / "model")
+    export_bundle(root / "model", root / "bundle")
+    return build_engines(root / "bundle", root / "engines", backend="onnxruntime").folder
