@@ -3,7 +3,7 @@
 Each input channel j of a product gets s[j] = max|x[j]|^alpha / max|w[j]|^(1 - alpha) (Xiao et al. 2023,
 arXiv:2211.10438, equation 4); the activation is divided by s and the weight multiplied by it, so the graph
 computes what it did. The division goes into the scale and shift of the layer normalization before it, or is
-a product of its own. ModelOpt has this for torch modules only (as of 0.44). Knows nothing of ranges.
+a product of its own. ModelOpt has this for torch modules only (as of 0.47). Knows nothing of ranges.
 """
 
 from __future__ import annotations
