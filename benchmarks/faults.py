@@ -4,7 +4,8 @@
 
 No GPU takes part, so this says nothing about speed. Videos are asked for until 10,000 calls have failed,
 in turn with every library the simulation knows: allocations, copies, launches, captures and waits; and
-some are cancelled or stopped by Ctrl-C. Each one that comes out is compared with ONNX Runtime's to the bit.
+some are cancelled or stopped by Ctrl-C. Half are encoded while they are decoded, and in three of ten another
+thread runs stages meanwhile. Whatever comes out, files included, is compared with ONNX Runtime's to the bit.
 The last line on stdout is JSON; a full run also writes it to `benchmarks/results/faults.json`. Exit
 code 1 when there was a leak, a wrong video or damage.
 """
@@ -16,6 +17,8 @@ import json
 import logging
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -24,13 +27,26 @@ from rich.table import Table
 
 from benchmarks.machine import machine
 from reelrt.bundle.manifest import EngineSet
-from tests.simulated.faults import run
+from tests.simulated.faults import Tally, run
 from tests.simulated.machine import Machine
 from tests.simulated.tensorrt import MISSING
 from tests.unit.test_runtime_pipeline import make_engines
 
 FAULTS = 10_000
+WORKERS = 2
+"""Libraries that are tried beside each other."""
 RESULT = Path(__file__).parent / "results" / "faults.json"
+
+
+def _faults_of(library: str, faults: int, seed: int) -> Tally:
+    """So many failed calls on a simulated GPU with one library."""
+    logging.disable(logging.WARNING)  # each failed capture is told, which is thousands of lines
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folder = Path(name)
+        (folder / "source").mkdir()
+        make_engines(folder / "source")  # type: ignore[no-untyped-call] # a test's
+        source = EngineSet.load(folder / "source")
+        return run(Machine(patch, library), source, folder / "engines", 10 * faults, seed, faults)
 
 
 def main() -> int:
@@ -38,21 +54,13 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=FAULTS, help="failed calls in all")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    logging.disable(logging.WARNING)  # each failed capture is told, which is thousands of lines
     console = Console(stderr=True)
     console.print("wanted: no leak, no damage, and every video that comes out ONNX Runtime's to the bit")
-    tallies = {}
-    for index, library in enumerate(MISSING):
-        with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-            folder = Path(name)
-            (folder / "source").mkdir()
-            make_engines(folder / "source")  # type: ignore[no-untyped-call] # a test's
-            share = -(-options.faults // len(MISSING))
-            source = EngineSet.load(folder / "source")
-            seed = options.seed + index
-            tallies[library] = run(
-                Machine(patch, library), source, folder / "engines", 10 * share, seed, share
-            )
+    share = -(-options.faults // len(MISSING))
+    with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
+        seeds = range(options.seed, options.seed + len(MISSING))
+        found = pool.map(_faults_of, MISSING, [share] * len(MISSING), seeds)
+        tallies = dict(zip(MISSING, found, strict=True))
     table = Table("library", "videos asked for", "faults", "came out", "wrong", "leaks", "damage")
     for library, tally in tallies.items():
         counts = (tally.rounds, tally.faults.total(), tally.ends["video"], tally.wrong)

@@ -1,13 +1,16 @@
 """What a TensorRT session costs on this machine's GPU, and beside diffusers on the same GPU and weights.
 
-    python -m benchmarks.gpu ENGINES [--model DIFFUSERS_FOLDER] [--tflop-per-pass 11.3 --peak-tflops 51]
+    python -m benchmarks.gpu ENGINES [--bundle BUNDLE] [--board rtx3060-laptop-6gb] [--model DIFFUSERS_FOLDER]
 
 Times by CUDA events: each stage; each launch of the step with and without captured graphs; the share of the
-loop in which the GPU waits for the host. With `--model`, whole videos of the same latents by ours, by
+loop in which the GPU waits for the host. With the bundle that the engines were built from, also the share of
+the roofline that step and decoder reach (the board is the engines' target's, or a named one), and the same
+loop by ONNX Runtime's CUDA provider where there is one, which is also what is measured when the library
+refuses the GPU. With `--model`, whole videos of the same latents by ours, by
 diffusers eager and by diffusers with `torch.compile`, medians of alternating runs. The last line on
 stdout is JSON; it is also written to `benchmarks/results/gpu-DEVICE.json`. Where there is no GPU, or
-the library refuses it, the JSON holds the reason and nothing is written. Exit code 1 when the GPU idles
-more than is allowed.
+the library refuses it, the JSON holds the reason; without any GPU nothing is written. Exit code 1 when the
+GPU idles more than is allowed.
 """
 
 from __future__ import annotations
@@ -28,13 +31,19 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
-from reelrt.bundle.manifest import Engine
+from reelrt.bundle.manifest import Bundle, Engine
+from reelrt.engines.memory import Planner, Video
+from reelrt.engines.roofline import bounds
 from reelrt.errors import ReelError
+from reelrt.jetson.boards import Board, boards
 from reelrt.jetson.device import detect
+from reelrt.jetson.targets import Target, find
 from reelrt.runtime.cuda import Event
 from reelrt.runtime.loop import Request, StepLoop
+from reelrt.runtime.ort import CUDA
 from reelrt.runtime.pipeline import TextToVideo, load
 from reelrt.runtime.trt import TrtSessions
+from reelrt.runtime.unbuilt import open_pipeline
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("onnxruntime", "cuda-bindings", "cuda-core")
@@ -129,6 +138,58 @@ def _loop(pipe: TextToVideo, sessions: TrtSessions, steps: int, graphs: bool) ->
     }
 
 
+def roofline(pipe: TextToVideo, bundle: Bundle, board: Board, measured: dict[str, Any]) -> dict[str, Any]:
+    """How much of what the board could do at most a launch of the step and of the decoder does.
+
+    Args:
+        pipe: What was measured.
+        bundle: What its engines were built from; the operations are counted in its graphs.
+        board: Whose peaks.
+        measured: What `measure` gave.
+    """
+    geometry, engines = pipe.engines.pipeline.geometry, pipe.engines.engines
+    decoder = engines["vae_decoder"].profile["frames"].opt
+    video = Video(
+        width=geometry.width,
+        height=geometry.height,
+        frames=geometry.frames,
+        batch=1,
+        precision=engines["step"].precision,
+        cfg=pipe.engines.pipeline.cfg,
+        decoder_frames=decoder,
+    )
+    target = Target(board.name, board.title, board.compute_capability, board.memory_gib, pipe.engines.backend)
+    least = bounds(Planner(bundle, target).plan(video), board, 1)
+    times = {
+        "step": measured["graphs"]["launch_milliseconds"],
+        "vae_decoder": measured["stage_milliseconds"]["vae_decoder"],
+    }
+    return {
+        "board": board.name,
+        **{
+            name: {
+                "flops": least[name].flops,
+                "bytes": least[name].bytes,
+                "limit": least[name].limit,
+                "least_milliseconds": 1000 * least[name].seconds / least[name].launches,
+                "share": 1000 * least[name].seconds / least[name].launches / milliseconds,
+            }
+            for name, milliseconds in times.items()
+        },
+    }
+
+
+def by_onnxruntime(bundle: Path, steps: int, provider: str = CUDA) -> dict[str, Any]:
+    """The loop by a provider of ONNX Runtime, from the same bundle; or why there is none."""
+    try:
+        pipe = open_pipeline(bundle, provider=provider)
+        pipe.generate(PROMPT, steps=1, seed=1)
+        video = pipe.generate(PROMPT, steps=steps, seed=1)
+    except ReelError as error:
+        return {"provider": provider, "refused": str(error)}
+    return {"provider": provider, "steps": steps, "seconds": dict(video.timings)}
+
+
 def rivals(pipe: TextToVideo, model: Path, steps: int, runs: int) -> dict[str, Any]:
     """Whole videos by ours and by diffusers, eager and compiled, from the same latents."""
     import torch
@@ -185,8 +246,8 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="the diffusers folder it was made from")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--runs", type=int, default=5, help="videos of each rival")
-    parser.add_argument("--tflop-per-pass", type=float, help="of the network; 11.3 for UNet3D, 384x384x16")
-    parser.add_argument("--peak-tflops", type=float, help="of the GPU, dense, in the engines' precision")
+    parser.add_argument("--bundle", type=Path, help="the bundle that the engines were built from")
+    parser.add_argument("--board", choices=sorted(boards()), help="this GPU; the engines' target by default")
     options = parser.parse_args()
     console = Console(stderr=True)
     console.print(f"wanted: the GPU idles at most {IDLE_ALLOWED:.0%} of the loop")
@@ -198,18 +259,25 @@ def main() -> int:
         pipe = load(options.engines)
         result = measure(pipe, options.steps)
     except ReelError as error:
-        print(json.dumps({"gpu": gpu.name, "refused": str(error)}))
+        refused: dict[str, Any] = {"gpu": gpu.name, "refused": str(error), "machine": machine(*LIBRARIES)}
+        if options.bundle:
+            refused["onnxruntime"] = by_onnxruntime(options.bundle, options.steps)
+        _write(gpu.name, refused)
         return 0
     result = {"gpu": gpu.name, "cuda": gpu.cuda, "steps": options.steps, **result}
     result["engines"] = f"{pipe.engines.backend} {pipe.engines.backend_version}"
     result["precision"] = pipe.engines.engines["step"].precision
-    if options.tflop_per_pass and options.peak_tflops:
-        achieved = options.tflop_per_pass / (result["graphs"]["launch_milliseconds"] / 1000)
-        result["roofline"] = {
-            "tflop_per_pass": options.tflop_per_pass,
-            "peak_tflops": options.peak_tflops,
-            "share": achieved / options.peak_tflops,
-        }
+    board = boards().get(options.board) or find(pipe.engines.target).board
+    if options.bundle and board:
+        bundle = Bundle.load(options.bundle)
+        if bundle.sha256 != pipe.engines.bundle:
+            parser.error(f"{options.engines} was not built from {options.bundle}")
+        result["roofline"] = roofline(pipe, bundle, board, result)
+    else:
+        missing = "--bundle" if board else "--board: the target of the engines is none"
+        result["roofline"] = {"missing": missing}
+    if options.bundle:
+        result["onnxruntime"] = by_onnxruntime(options.bundle, options.steps)
     if options.model:
         result["diffusers"] = rivals(pipe, options.model, options.steps, options.runs)
     result["machine"] = machine(*LIBRARIES)
@@ -219,10 +287,21 @@ def main() -> int:
     for name in ("graphs", "plain"):
         table.add_row(f"a launch ({name})", f"{result[name]['launch_milliseconds']:.3f}")
     console.print(table)
-    slug = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
+    for name in ("step", "vae_decoder"):
+        if share := result["roofline"].get(name):
+            console.print(
+                f"{name}: {share['share']:.0%} of what {result['roofline']['board']} can do at most"
+            )
+    console.print(f"the GPU idles {result['graphs']['idle_share']:.1%} of the loop")
+    _write(gpu.name, result)
+    return int(result["graphs"]["idle_share"] > IDLE_ALLOWED)
+
+
+def _write(gpu: str, result: dict[str, Any]) -> None:
+    """Keep what was found of a GPU, and print it."""
+    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     (RESULTS / f"gpu-{slug}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
-    return int(result["graphs"]["idle_share"] > IDLE_ALLOWED)
 
 
 if __name__ == "__main__":

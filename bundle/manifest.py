@@ -100,6 +100,10 @@ class Stage:
     keep_fp32: tuple[str, ...] = ()
 
 
+WEIGHT_STREAMING = "weight streaming"
+"""Among the builder flags of an engine's cache key: its weights may stay with the host."""
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     """One built engine.
@@ -132,6 +136,11 @@ class Engine:
     build_seconds: float
     layers: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
     inspected: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def weight_streaming(self) -> bool:
+        """Whether it was built so that its weights may stay with the host."""
+        return self.key_fields.get("flags", "").endswith(WEIGHT_STREAMING)
 
 
 @dataclass(frozen=True, slots=True)

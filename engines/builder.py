@@ -17,7 +17,7 @@ from pathlib import Path
 
 from reelrt import __version__
 from reelrt.bundle.files import atomic_folder, sha256, verify
-from reelrt.bundle.manifest import MANIFEST, Bundle, Engine, EngineSet, Stage
+from reelrt.bundle.manifest import MANIFEST, WEIGHT_STREAMING, Bundle, Engine, EngineSet, Stage
 from reelrt.bundle.report import QUALITY
 from reelrt.bundle.spec import Profile
 from reelrt.engines import backends, memory, profiles, recipe
@@ -49,6 +49,7 @@ def build_engines(
     batch: int | None = None,
     check_memory: bool = True,
     quality_gate: bool = True,
+    weight_streaming: bool = False,
     progress: Progress = silent,
 ) -> EngineSet:
     """Build the engines of a bundle for one device; what is built already is kept.
@@ -68,6 +69,8 @@ def build_engines(
             8 GiB on 2, from 16 GiB on 4.
         check_memory: Whether to refuse, before building, what does not fit the memory of a GPU target.
         quality_gate: Whether an INT8 bundle needs a quality report that it passes.
+        weight_streaming: Whether the step engine shall be able to leave its weights with the host and take
+            them from there while it runs, for a card with memory of its own that is too small for them.
         progress: Told of one stage at a time.
 
     Returns:
@@ -90,9 +93,20 @@ def build_engines(
         batch = CPU_BATCH if library.name == "onnxruntime" else profiles.default_batch(aim.memory_gib)
     if precision in QUANTISED:
         _check_quantised(source, precision)
+    if weight_streaming:
+        _check_streaming(library, aim)
     ranges = profiles.profiles(source.pipeline.geometry, width, height, count, batch)
     plan = {
-        name: _planned(source, stage, ranges[name], precision, library, aim, device)
+        name: _planned(
+            source,
+            stage,
+            ranges[name],
+            precision,
+            library,
+            aim,
+            device,
+            weight_streaming and name == "step",
+        )
         for name, stage in source.stages.items()
     }
     previous = _previous(output)
@@ -102,7 +116,7 @@ def build_engines(
         return previous
     if check_memory and library.name != "onnxruntime" and aim.memory_gib:
         video = memory.Video(width, height, count, batch, plan["step"].precision, source.pipeline.cfg)
-        memory.check_fits(memory.Planner(source, aim), video)
+        memory.check_fits(memory.Planner(source, aim), video, weight_streaming)
     with atomic_folder(output, EngineSet.kind) as folder:
         engines = {}
         for name, planned in plan.items():
@@ -138,6 +152,7 @@ class Planned:
     compute_capability: str
     keep_fp32: tuple[str, ...]
     inspect: bool
+    weight_streaming: bool
     fields: Mapping[str, str]
 
     @property
@@ -154,6 +169,7 @@ def _planned(
     backend: Backend,
     target: Target,
     device: Device,
+    weight_streaming: bool,
 ) -> Planned:
     """An engine to be and its cache key.
 
@@ -187,11 +203,24 @@ def _planned(
         "cuda": backends.cuda_version(backend, device),
         "compute_capability": target.compute_capability,
         "cpu": f"{device.architecture} {' '.join(device.cpu_features)}" if on_cpu else "",
-        "flags": backend.flags,
+        "flags": f"{backend.flags}, {WEIGHT_STREAMING}" if weight_streaming else backend.flags,
     }
     gpu = device.gpu.compute_capability if device.gpu else ""
     inspect = bool(gpu) and gpu == target.compute_capability
-    return Planned(stage, backend, wanted, profile, target.compute_capability, kept, inspect, fields)
+    return Planned(
+        stage, backend, wanted, profile, target.compute_capability, kept, inspect, weight_streaming, fields
+    )
+
+
+def _check_streaming(backend: Backend, target: Target) -> None:
+    """Raise InputError where weights cannot be streamed, or where that gains nothing."""
+    if backend.name == "onnxruntime":
+        raise InputError("ONNX Runtime on a CPU streams no weights.", "Leave --weight-streaming out.")
+    if target.on_device:
+        raise InputError(
+            f"on {target.name} CPU and GPU share one memory: streaming weights gains nothing there.",
+            "Leave --weight-streaming out.",
+        )
 
 
 def _check_quantised(bundle: Bundle, precision: str) -> None:
@@ -222,6 +251,7 @@ def _build(bundle: Bundle, planned: Planned, folder: Path, progress: Progress) -
         compute_capability=planned.compute_capability,
         keep_fp32=planned.keep_fp32,
         inspect=planned.inspect,
+        weight_streaming=planned.weight_streaming,
     )
     began = time.monotonic()
     built = run_job(job, progress)

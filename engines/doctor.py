@@ -226,6 +226,7 @@ def _codecs() -> Check:
 
 def _abilities(device: Device, packages: Iterable[Check]) -> list[Check]:
     """What can be done with all that."""
+    packages = [*packages]
     there = {check.name for check in packages if check.status == "ok"}
     onnx = {"onnx", "polygraphy"} <= there
     rtx, full = onnx and "tensorrt_rtx" in there, onnx and "tensorrt" in there and device.gpu is not None
@@ -238,6 +239,8 @@ def _abilities(device: Device, packages: Iterable[Check]) -> list[Check]:
     runs = ["onnxruntime engines"] if "onnxruntime" in there else []
     if device.gpu is not None and {"GPU", "cuda-bindings"} <= there:
         runs += [f"{name} engines for {gpu}" for name in ("tensorrt_rtx", "tensorrt") if name in there]
+    if device.gpu is not None and any("CUDAExecutionProvider" in check.detail for check in packages):
+        runs.append("bundles by ONNX Runtime's CUDA provider")
     lacking = [name for name in EXPORT_MODULES if name not in there]
     export = f"without {', '.join(lacking)}" if lacking else "diffusers folders to bundles"
     return [

@@ -327,13 +327,25 @@ def available(target: Target) -> int:
     return int(target.memory_gib * GIB) - SYSTEM_BYTES
 
 
-def check_fits(planner: Planner, video: Video) -> Plan:
+def check_fits(planner: Planner, video: Video, weight_streaming: bool = True) -> Plan:
     """The plan for a video, if it fits under some policy.
+
+    Args:
+        planner: Of the bundle and the target.
+        video: What is planned.
+        weight_streaming: Whether the step engine is built so that its weights can be streamed.
 
     Raises:
         PlanError: It does not; the remedies, each with its peak, are in the message.
     """
     plan = planner.plan(video)
+    if not weight_streaming and [policy for policy, fits in plan.fits.items() if fits] == ["streamed"]:
+        raise PlanError(
+            f"the engines fit {plan.target.name} only with the step's weights streamed from the host: "
+            f"{_gib(plan.peaks['streamed'])}, where {_gib(plan.peaks['staged'])} are needed without and "
+            f"{_gib(plan.available_bytes)} are left.",
+            "Build them with --weight-streaming, or see `reelrt plan` for what else fits.",
+        )
     if not any(plan.fits.values()):
         raise does_not_fit(plan, planner.remedies(video))
     return plan

@@ -30,6 +30,7 @@ class Job:
         compute_capability: `8.6`, say; empty for a CPU.
         keep_fp32: Layers that stay FP32 when the graph is converted.
         inspect: Whether the GPU of this machine can open the engine, to be asked what is in it.
+        weight_streaming: Whether its weights may stay with the host, and come while it runs.
     """
 
     backend: str
@@ -42,6 +43,7 @@ class Job:
     compute_capability: str
     keep_fp32: tuple[str, ...] = ()
     inspect: bool = False
+    weight_streaming: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A plain structure that `from_json` reads back."""

@@ -110,6 +110,7 @@ def _config(polygraphy: Any, library: Any, job: Job, progress: Progress) -> Any:
         "profiles": [profile],
         "progress_monitor": _monitor(library, progress),
         "profiling_verbosity": library.ProfilingVerbosity.DETAILED,  # what the inspector tells from
+        "weight_streaming": job.weight_streaming,
     }
     if job.backend == "tensorrt":
         return polygraphy.CreateConfig(**common)

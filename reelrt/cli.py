@@ -129,6 +129,13 @@ def build(
             help="Refuse an INT8 bundle without a quality report that it passes.",
         ),
     ] = True,
+    weight_streaming: Annotated[
+        bool,
+        typer.Option(
+            "--weight-streaming",
+            help="Let the step's weights stay in the host's memory, for a card that is too small for them.",
+        ),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -149,6 +156,7 @@ def build(
             batch=batch,
             check_memory=memory_check,
             quality_gate=quality_gate,
+            weight_streaming=weight_streaming,
             progress=progress,
         )
     up_to_date = _manifest_time(output) == before

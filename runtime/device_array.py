@@ -62,12 +62,39 @@ class DeviceArray:
     def __dlpack_device__(self) -> Any:
         return self._view().__dlpack_device__()
 
+    def __getitem__(self, index: int) -> DeviceArray:
+        """One part along the first axis."""
+        shape = self.shape[1:]
+        offset = range(self.shape[0])[index] * prod(shape) * self.dtype.itemsize
+        return DeviceArray(self.pointer + offset, shape, self.dtype, self.owner, self.stream)
+
+    def split(self, size: int) -> list[DeviceArray]:
+        """Parts of so many along the first axis; the last one may be shorter."""
+        step = prod(self.shape[1:]) * self.dtype.itemsize
+        return [
+            DeviceArray(
+                self.pointer + begin * step,
+                (min(size, self.shape[0] - begin), *self.shape[1:]),
+                self.dtype,
+                self.owner,
+                self.stream,
+            )
+            for begin in range(0, self.shape[0], size)
+        ]
+
+
+DLPACK_CUDA = (2, 13)
+"""DLPack's numbers for memory of a GPU, and for memory that CUDA moves by itself."""
+
 
 def is_on_device(array: object) -> bool:
-    """Whether an array says that it lies in device memory; NumPy's do not."""
+    """Whether an array says that it lies in device memory."""
     if isinstance(array, np.ndarray):
         return False
-    return hasattr(array, "__cuda_array_interface__") or hasattr(array, "__dlpack__")
+    if hasattr(array, "__cuda_array_interface__"):
+        return True
+    place = getattr(array, "__dlpack_device__", None)
+    return place is not None and place()[0] in DLPACK_CUDA
 
 
 def as_device_array(array: Any, stream: int) -> DeviceArray:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
+from reelrt.runtime.device_array import DeviceArray
 from reelrt.runtime.ranges import span
-from reelrt.runtime.session import Array, Float32, StepSession
+from reelrt.runtime.session import Array, Float32, GpuStepSession, StepSession
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,13 +23,13 @@ class Request:
     Attributes:
         table: Schedule rows, float32 [S, K]; S launches finish the request.
         text: Prompt embeddings [2, L, D], unconditional first, in the engine's dtype.
-        latents: Starting latents at the schedule's scale, float32 [C, F, h, w]; or the state
-            [R, C, F, h, w] of a request that had come to the table's first row.
+        latents: Starting latents at the schedule's scale, float32 [C, F, h, w]; on a GPU also an array
+            there. Or the state [R, C, F, h, w] of a request that had come to the table's first row.
     """
 
     table: Float32
     text: Array
-    latents: Float32
+    latents: Float32 | DeviceArray
 
 
 @dataclass(slots=True, eq=False)
@@ -103,6 +105,10 @@ class StepLoop:
     def state(self, slot: Slot) -> Float32:
         """A copy of all that a request needs to go on from here, float32 [R, C, F, h, w]."""
         return self._session.read_state(slot.row)
+
+    def view(self, slot: Slot) -> DeviceArray:
+        """A slot's current latents where they lie on the GPU, until the next launch; only there."""
+        return cast("GpuStepSession", self._session).view(slot.row)
 
     def release(self, slot: Slot) -> None:
         """Take a slot out of the batch, finished or not; the last one moves into its row.

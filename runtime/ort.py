@@ -55,19 +55,37 @@ def _check(engines: EngineSet) -> None:
             )
 
 
-def open_engine(path: Path, threads: int) -> ort.InferenceSession:
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+def open_engine(path: Path, threads: int, provider: str = CPU) -> ort.InferenceSession:
     """Open one engine file; its weights lie beside it.
 
+    Args:
+        path: The file.
+        threads: CPU threads within an operator.
+        provider: What of ONNX Runtime runs it. Inputs and outputs lie in the host's memory for any.
+
     Raises:
-        BackendError: ONNX Runtime cannot open it.
+        BackendError: ONNX Runtime cannot open it, or has no such provider that works here.
     """
+    if provider not in ort.get_available_providers():
+        raise BackendError(
+            f"this ONNX Runtime has no {provider}; it has {', '.join(ort.get_available_providers())}.",
+            "Install onnxruntime-gpu in the place of onnxruntime, in an environment of its own."
+            if provider == CUDA
+            else "",
+        )
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # its exceptions share no base class
         raise BackendError(f"ONNX Runtime cannot open {path}: {error}") from error
+    if provider not in session.get_providers():  # it falls back to the CPU without a word
+        raise BackendError(f"ONNX Runtime's {provider} does not start here.", "`reelrt doctor` says more.")
+    return session
 
 
 class OrtSessions:

@@ -6,13 +6,12 @@ decodes. Which library runs the engines stands behind `reelrt.runtime.session`.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,16 +22,17 @@ from reelrt.bundle.manifest import TOKENIZER, EngineSet
 from reelrt.bundle.spec import is_whole
 from reelrt.errors import BackendError, Cancelled, InputError
 from reelrt.progress import Progress, silent
+from reelrt.runtime.device_array import DeviceArray
 from reelrt.runtime.formats import Frames
 from reelrt.runtime.loop import Request, Slot, StepLoop
 from reelrt.runtime.memory import peak_memory
 from reelrt.runtime.noise import starting_noise
 from reelrt.runtime.ranges import span
 from reelrt.runtime.request import Job, Limits, plan
-from reelrt.runtime.saving import saving
+from reelrt.runtime.saving import nowhere, saving, targets
 from reelrt.runtime.session import Array, Float32, GpuSessions, Sessions, open_sessions, run_each
 from reelrt.runtime.text import TextEncoder, Tokenizer
-from reelrt.runtime.video import FilePath, Video, check_writable, first_file
+from reelrt.runtime.video import FilePath, Video, first_file
 
 MOST_THREADS = 1024
 CUT_SHOWN = 60
@@ -40,6 +40,9 @@ CUT_SHOWN = 60
 
 Encoded = tuple[list[Request], float, list[dict[str, str]]]
 """The loop's requests, the seconds that encoding took, and per job which words did not fit."""
+
+Denoised = tuple[Float32, float, dict[str, DeviceArray]]
+"""Final latents [C, F, h, w], seconds in the batch, and what is kept on the GPU."""
 
 Prompts = list[str] | tuple[str, ...]  # a str is a Sequence[str] too, so that would not tell them apart
 
@@ -60,8 +63,8 @@ def load(
         check: Whether to verify the SHA-256 of every file first.
         stream: On a GPU, the CUDA stream to run on, of pycuda, CuPy, torch or any other library;
             it must outlive the pipeline. None makes one.
-        residency: On a GPU, `all` engines in its memory, or `staged`, one at a time. None takes
-            what fits.
+        residency: On a GPU, `all` engines in its memory, `staged`, one at a time, or `streamed`, with
+            what does not fit of the step's weights left to the host. None takes the first that fits.
 
     Raises:
         InputError: An impossible number of threads, stream or residency.
@@ -132,7 +135,8 @@ class TextToVideo:
         frames: int | None = None,
         size: tuple[int, int] | None = None,
         solver: str | None = None,
-        latents: Float32 | None = None,
+        latents: Any = None,
+        on_device: bool = False,
         save_to: FilePath | Sequence[FilePath] | None = None,
         fps: float = 8,
         progress: Progress | None = None,
@@ -151,7 +155,8 @@ class TextToVideo:
         frames: int | None = None,
         size: tuple[int, int] | None = None,
         solver: str | None = None,
-        latents: Float32 | None = None,
+        latents: Any = None,
+        on_device: bool = False,
         save_to: FilePath | Sequence[FilePath] | None = None,
         fps: float = 8,
         progress: Progress | None = None,
@@ -169,7 +174,8 @@ class TextToVideo:
         frames: int | None = None,
         size: tuple[int, int] | None = None,
         solver: str | None = None,
-        latents: Float32 | None = None,
+        latents: Any = None,
+        on_device: bool = False,
         save_to: FilePath | Sequence[FilePath] | None = None,
         fps: float = 8,
         progress: Progress | None = None,
@@ -193,7 +199,11 @@ class TextToVideo:
             solver: One of `solvers`. Default: the model's own.
             latents: Starting noise of unit variance instead of a seed, float32 [1, C, F, h, w] for
                 every prompt or [N, C, F, h, w] for N prompts; it sets frames and size. See
-                `starting_latents`.
+                `starting_latents`. On a GPU also an array in its memory, of pycuda, CuPy, torch or any
+                other library, which is read there; only solvers that scale their noise (Euler) take
+                it through the host.
+            on_device: On a GPU, whether to keep latents and frames in its memory as well; see
+                `Video.on_device`.
             save_to: Where to write the videos, a path for one prompt and one each for several: the
                 files that `Video.save` gives. Frames are encoded while later ones are decoded; each
                 file appears when it is whole.
@@ -223,8 +233,11 @@ class TextToVideo:
             size=size,
             solver=solver,
             latents=latents,
+            sessions=self._sessions,
         )
-        paths = _paths(save_to, prompt, fps)
+        if on_device and not isinstance(self._sessions, GpuSessions):
+            raise InputError("on_device is for engines of a GPU, and these run on the CPU.")
+        paths = targets(save_to, len(jobs), fps)
         me, told = threading.get_ident(), _checked(progress or silent, should_cancel or (lambda: False))
         if me in self._inside:
             raise InputError("generate was called from its own progress or should_cancel.")
@@ -232,7 +245,7 @@ class TextToVideo:
             self._inside.add(me)
             encoded = self._encode(jobs, told) if self._encodes_ahead else None
             with self._turn:
-                videos = self._run(jobs, encoded or self._encode(jobs, told), paths, fps, told)
+                videos = self._run(jobs, encoded or self._encode(jobs, told), paths, fps, told, on_device)
         finally:
             self._inside.discard(me)
         return videos[0] if isinstance(prompt, str) else videos
@@ -254,24 +267,35 @@ class TextToVideo:
         Args:
             latents: float32 [1, C, F, h, w].
 
-        Yields:
-            RGB frames, uint8 [n, H, W, 3], F of them in all.
+        Returns:
+            An iterator of RGB frames, uint8 [n, H, W, 3], F of them in all.
 
         Raises:
             InputError: Another shape, or numbers that are not finite.
             RangeError: A size outside the engines' profile.
         """
         self._limits.starts(latents, 1)
+        return self._decode(latents)
+
+    def _decode(self, latents: Float32, target: DeviceArray | None = None) -> Iterator[Frames]:
+        """As `decode`; frames are copied to `target` [F, H, W, 3] in the GPU's memory as well."""
         size = self._limits.decoder_frames
         parts = (
             np.ascontiguousarray(latents[:, :, begin : begin + size])
             for begin in range(0, latents.shape[2], size)
         )
-        for outputs in run_each(self._sessions, "vae_decoder", ({"latents": part} for part in parts)):
+        into = None if target is None else [{"frames": part} for part in target.split(size)]
+        for outputs in run_each(self._sessions, "vae_decoder", ({"latents": part} for part in parts), into):
             yield outputs["frames"][0]
 
     def _run(
-        self, jobs: Sequence[Job], encoded: Encoded, paths: Sequence[Path | None], fps: float, told: Progress
+        self,
+        jobs: Sequence[Job],
+        encoded: Encoded,
+        paths: Sequence[Path | None],
+        fps: float,
+        told: Progress,
+        on_device: bool,
     ) -> list[Video]:
         requests, text_seconds, cuts = encoded
         for words in dict.fromkeys(words for cut in cuts for words in cut.values()):
@@ -280,15 +304,17 @@ class TextToVideo:
             count = f"{len(words.split())} words were" if " " in words else "this was"
             message = f"a prompt is longer than the model's {length} tokens; {count} cut: {shown!r}"
             warnings.warn(message, UserWarning, stacklevel=3)
-        denoised = self._denoise(requests, told)
+        denoised = self._denoise(requests, told, on_device)
         videos: list[Video] = []
         total = sum(job.shape[1] for job in jobs)
-        for job, cut, path, (latents, denoise_seconds) in zip(jobs, cuts, paths, denoised, strict=True):
+        for job, cut, path, (latents, denoise_seconds, kept) in zip(jobs, cuts, paths, denoised, strict=True):
             metadata, parts, frames = self.metadata(job, cut), list[Frames](), job.shape[1]
             timings = {"text": text_seconds, "denoise": denoise_seconds}
             began = time.perf_counter()
-            with _nowhere() if path is None else saving(path, frames, metadata, fps) as take:
-                for part in self.decode(latents[None]):
+            if "latents" in kept:
+                kept["frames"] = self._empty_frames(metadata)
+            with nowhere() if path is None else saving(path, frames, metadata, fps) as take:
+                for part in self._decode(latents[None], kept.get("frames")):
                     parts.append(part)
                     take(part)
                     told("decode", sum(map(len, parts)) + len(videos) * frames, total)
@@ -297,7 +323,9 @@ class TextToVideo:
             if path is not None:
                 timings["encode"] = time.perf_counter() - decoded
             file = path and first_file(path, frames)
-            videos.append(Video(np.concatenate(parts), latents[None], metadata, timings, peak_memory(), file))
+            videos.append(
+                Video(np.concatenate(parts), latents[None], metadata, timings, peak_memory(), file, kept)
+            )
         return videos
 
     def _encode(self, jobs: Sequence[Job], progress: Progress) -> Encoded:
@@ -321,12 +349,18 @@ class TextToVideo:
         request = Request(job.table, np.stack([negative, positive]), job.latents)
         return request, {name: words for name, words in cuts.items() if words}
 
-    def _denoise(self, requests: Sequence[Request], progress: Progress) -> list[tuple[Float32, float]]:
-        """Final latents [C, F, h, w] and seconds in the batch, in the order of the requests."""
+    def _empty_frames(self, metadata: Mapping[str, Any]) -> DeviceArray:
+        """Room for a video's frames on the GPU."""
+        assert isinstance(self._sessions, GpuSessions)
+        shape = metadata["frames"], metadata["height"], metadata["width"], 3
+        return self._sessions.empty(shape, np.uint8)
+
+    def _denoise(self, requests: Sequence[Request], progress: Progress, on_device: bool) -> list[Denoised]:
+        """What became of the requests, in their order."""
         loop = self._open_loop(requests[0].latents.shape)
         waiting = deque(enumerate(requests))
         running: dict[Slot, tuple[int, float]] = {}
-        results: dict[int, tuple[Float32, float]] = {}
+        results: dict[int, Denoised] = {}
         done, total = 0, sum(len(request.table) for request in requests)
         try:
             with span("denoise"):
@@ -339,12 +373,20 @@ class TextToVideo:
                     done += len(running)
                     for slot in [slot for slot in running if slot.finished]:
                         index, began = running.pop(slot)
-                        results[index] = check_finite(loop.latents(slot)), time.perf_counter() - began
+                        latents = check_finite(loop.latents(slot))
+                        kept = {"latents": self._kept(loop, slot)} if on_device else {}
+                        results[index] = latents, time.perf_counter() - began, kept
                         loop.release(slot)
             progress("denoise", total, total)
         finally:
             loop.clear()
         return [results[index] for index in range(len(requests))]
+
+    def _kept(self, loop: StepLoop, slot: Slot) -> DeviceArray:
+        """A copy of final latents on the GPU, [1, C, F, h, w]."""
+        assert isinstance(self._sessions, GpuSessions)
+        copy = self._sessions.copy(loop.view(slot))
+        return replace(copy, shape=(1, *copy.shape))
 
     def _open_loop(self, shape: tuple[int, ...]) -> StepLoop:
         """The loop for a latent shape; the last one's buffers are kept."""
@@ -387,33 +429,6 @@ def _checked(progress: Progress, should_cancel: Callable[[], bool]) -> Progress:
             raise Cancelled(f"cancelled during {stage}.")
 
     return told
-
-
-def _paths(
-    save_to: FilePath | Sequence[FilePath] | None, prompt: str | Prompts, fps: float
-) -> list[Path | None]:
-    """Where each video shall be written, checked before any work; None is nowhere.
-
-    Raises:
-        InputError: Not as many as there are prompts, one twice, or a place that cannot be written.
-    """
-    count = 1 if isinstance(prompt, str) else len(prompt)
-    if save_to is None:
-        return [None] * count
-    paths = [Path(path) for path in ([save_to] if isinstance(save_to, str | os.PathLike) else save_to)]
-    if len(paths) != count:
-        raise InputError(f"save_to names {len(paths)} files for {count} prompts; give one each.")
-    if len(set(paths)) != count:
-        raise InputError("save_to names a file twice.")
-    for path in paths:
-        check_writable(path, fps)
-    return [*paths]
-
-
-@contextmanager
-def _nowhere() -> Iterator[Callable[[Frames], None]]:
-    """Takes the place of `saving` for a video that is not saved."""
-    yield lambda _part: None
 
 
 def check_finite(latents: Array) -> Float32:

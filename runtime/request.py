@@ -15,8 +15,9 @@ from reelrt.bundle.manifest import EngineSet
 from reelrt.bundle.schedule import MAX_GUIDANCE
 from reelrt.bundle.spec import is_whole
 from reelrt.errors import InputError, RangeError
+from reelrt.runtime.device_array import DeviceArray, is_on_device
 from reelrt.runtime.noise import check_seed, draw_seed, starting_noise
-from reelrt.runtime.session import Float32
+from reelrt.runtime.session import Float32, GpuSessions, Sessions
 
 Shape = tuple[int, int, int, int]
 
@@ -34,7 +35,8 @@ class Job:
         solver: Solver's name.
         shape: Of the latents: (C, F, h, w).
         table: The schedule's rows, float32 [S, K].
-        latents: Starting latents at the schedule's scale, float32 [C, F, h, w].
+        latents: Starting latents at the schedule's scale, float32 [C, F, h, w]; in the GPU's memory
+            where they were given there.
     """
 
     prompt: str
@@ -45,7 +47,7 @@ class Job:
     solver: str
     shape: Shape
     table: Float32
-    latents: Float32
+    latents: Float32 | DeviceArray
 
 
 class Limits:
@@ -109,6 +111,32 @@ class Limits:
             raise RangeError("steps", steps, f"these engines take up to {most} at this guidance")
         return schedule.table(guidance, cfg, self.geometry.state_rows), schedule.init_noise_sigma
 
+    def device_starts(self, latents: Any, count: int, sessions: Sessions | None) -> list[DeviceArray]:
+        """Check starting latents in the GPU's memory, whose values nobody sees, as `starts` does.
+
+        Raises:
+            InputError: Another shape or dtype, or engines that run on the CPU.
+            RangeError: A size outside the engines' profile.
+        """
+        if not isinstance(sessions, GpuSessions):
+            raise InputError(
+                "the latents lie in a GPU's memory, and these engines run on the CPU.", "Give a NumPy array."
+            )
+        found = sessions.receive(latents)
+        self._check_shape(found.shape, count)
+        if found.dtype != np.float32:
+            raise InputError(f"the latents in the GPU's memory are {found.dtype}.", "Make them float32.")
+        return [found[index % found.shape[0]] for index in range(count)]
+
+    def _check_shape(self, shape: tuple[int, ...], count: int) -> None:
+        geometry, scale = self.geometry, self.geometry.spatial_scale
+        if len(shape) != 5 or shape[0] not in (1, count) or shape[1] != geometry.latent_channels:
+            raise InputError(
+                f"latents have shape {shape}; give [1 or {count}, {geometry.latent_channels}, "
+                "frames, height, width] in latent cells."
+            )
+        self.latent_shape(shape[2], (shape[4] * scale, shape[3] * scale))
+
     def starts(self, latents: Float32, count: int) -> list[Float32]:
         """Check given starting latents, one for each of several prompts.
 
@@ -120,21 +148,14 @@ class Limits:
             InputError: Another shape or dtype, or numbers that are not finite.
             RangeError: A size outside the engines' profile.
         """
-        geometry = self.geometry
         try:
             shape = np.shape(latents)
         except ValueError as error:
             raise InputError(f"latents are no array: {error}.") from error
-        if len(shape) != 5 or shape[0] not in (1, count) or shape[1] != geometry.latent_channels:
-            raise InputError(
-                f"latents have shape {shape}; give [1 or {count}, {geometry.latent_channels}, "
-                "frames, height, width] in latent cells."
-            )
+        self._check_shape(shape, count)
         latents = np.asarray(latents)
         if latents.dtype.kind != "f" or not np.isfinite(latents).all():
             raise InputError("latents are not all finite floating-point numbers.")
-        scale = geometry.spatial_scale
-        self.latent_shape(shape[2], (shape[4] * scale, shape[3] * scale))
         with np.errstate(over="ignore"):
             small = latents.astype(np.float32)
         if not np.isfinite(small).all():
@@ -155,7 +176,8 @@ def plan(
     frames: int | None,
     size: tuple[int, int] | None,
     solver: str | None,
-    latents: Float32 | None,
+    latents: Any,
+    sessions: Sessions | None = None,
 ) -> list[Job]:
     """Check a call of `TextToVideo.generate` and make a job of each prompt.
 
@@ -178,12 +200,14 @@ def plan(
     guidance = limits.pipeline.guidance if guidance is None else guidance
     table, sigma = limits.table(solver, steps, guidance)
     seeds: Sequence[int | None]
+    starts: Sequence[Float32 | DeviceArray]
     if latents is None:
         shape = limits.latent_shape(frames, size)
         seeds = _seeds(seed, len(prompts))
         starts = [starting_noise(each, shape) for each in seeds if each is not None]
     else:
-        seeds, starts = [None] * len(prompts), limits.starts(latents, len(prompts))
+        given = limits.device_starts(latents, len(prompts), sessions) if is_on_device(latents) else None
+        seeds, starts = [None] * len(prompts), given or limits.starts(latents, len(prompts))
         shape = _same_shape(starts[0].shape, limits, seed, frames, size)
     return [
         Job(
@@ -195,10 +219,23 @@ def plan(
             solver=solver,
             shape=shape,
             table=table,
-            latents=start * np.float32(sigma),
+            latents=_scaled(start, np.float32(sigma), sessions),
         )
         for prompt, each, start in zip(prompts, seeds, starts, strict=True)
     ]
+
+
+def _scaled(
+    start: Float32 | DeviceArray, sigma: np.float32, sessions: Sessions | None
+) -> Float32 | DeviceArray:
+    """Latents at the schedule's scale. Most schedules have 1; for the others the host has to multiply."""
+    if not isinstance(start, DeviceArray):
+        return start * sigma
+    if sigma == 1:
+        return start
+    assert isinstance(sessions, GpuSessions)
+    fetched: Float32 = sessions.fetch(start)
+    return fetched * sigma
 
 
 def _check_text(text: str) -> None:

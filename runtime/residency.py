@@ -6,14 +6,20 @@ Knows manifests and sizes; asks no device and loads nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from reelrt.bundle.manifest import Engine, EngineSet
 from reelrt.errors import DeviceMemoryError, InputError
 
-RESIDENCIES = ("all", "staged")
-"""`all` keeps every engine loaded; `staged` loads one at a time, runs it and frees it."""
+RESIDENCIES = ("all", "staged", "streamed")
+"""`all` keeps every engine loaded; `staged` loads one at a time, runs it and frees it; `streamed` does so
+too, and leaves with the host what does not fit of the step's weights: they come while it runs."""
+STREAMED_SHARE = 0.9
+"""How much of the free memory `streamed` fills with weights; what TensorRT takes by itself is not known."""
+RESERVE = 8
+"""A part of the step's weights, one in so many, is for those that are on their way; an estimate."""
+REMEDY_STREAMING = "Build it again: `reelrt build BUNDLE -o ENGINES --weight-streaming`."
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,7 @@ class MemoryPlan:
         buffers: Stage to the size of its inputs and outputs.
         overlap: Whether other stages run beside the step.
         aside: What that takes: their own block for activations, and the decoder's buffers twice.
+        budget: With `streamed`, how much of the step's weights is loaded.
     """
 
     residency: str
@@ -36,12 +43,20 @@ class MemoryPlan:
     buffers: Mapping[str, int]
     overlap: bool = False
     aside: int = 0
+    budget: int = 0
+
+    @property
+    def streams(self) -> int:
+        """How much of the step's weights stays with the host."""
+        return max(self.weights["step"] - self.budget, 0) if self.residency == "streamed" else 0
 
     @property
     def total(self) -> int:
         """The most there is at a time."""
-        weights = self.weights.values()
-        loaded = sum(weights) if self.residency == "all" else max(weights, default=0)
+        weights = dict(self.weights)
+        if self.streams:
+            weights["step"] = self.budget + weights["step"] // RESERVE
+        loaded = sum(weights.values()) if self.residency == "all" else max(weights.values())
         return loaded + self.scratch + self.aside + sum(self.buffers.values())
 
     def __str__(self) -> str:
@@ -51,7 +66,9 @@ class MemoryPlan:
             f"buffers {_mib(sum(self.buffers.values()))}",
             *([f"other stages beside the step {_mib(self.aside)}"] if self.overlap else []),
         ]
-        how = "engines loaded one at a time" if self.residency == "staged" else "all engines loaded"
+        how = "all engines loaded" if self.residency == "all" else "engines loaded one at a time"
+        if self.residency == "streamed":
+            how += f", {_mib(self.streams)} of the step's weights streamed"
         return f"{_mib(self.total)} ({', '.join(parts)}; {how})"
 
 
@@ -101,21 +118,37 @@ def choose_memory(
     """
     if residency is not None and residency not in RESIDENCIES:
         raise InputError(f"residency {residency!r} is not known.", f"Choose one of {', '.join(RESIDENCIES)}.")
-    asked = [residency] if residency else list(RESIDENCIES)
+    streams = engines.engines["step"].weight_streaming
+    if residency == "streamed" and not streams:
+        raise InputError(
+            f"the step engine of {engines.folder} was not built for weight streaming.", REMEDY_STREAMING
+        )
+    asked = [residency] if residency else [each for each in RESIDENCIES if each != "streamed" or streams]
     plans = [plan_memory(engines, each, latents) for each in asked]
+    if asked[-1] == "streamed":
+        plans[-1] = _fill(plans[-1], free)
     if overlap and "all" in asked:
         plans.insert(0, plan_memory(engines, "all", latents, overlap=True))
     for plan in plans:
         if plan.total <= free:
             return plan
     smallest = plans[-1]
-    smaller = "" if residency in (None, "staged") else "Load engines one at a time (residency='staged'), "
+    smaller = "Load engines one at a time (residency='staged'), " if residency == "all" else ""
     raise DeviceMemoryError(
         f"{engines.folder} needs {smallest} and {_mib(free)} are free.",
         f"{smaller or 'Build '}{'or build ' if smaller else ''}engines for a smaller --size, "
-        "fewer --frames or --precision fp16.",
+        f"fewer --frames{'' if streams else ', --weight-streaming'} or --precision fp16.",
         str(smallest),
     )
+
+
+def _fill(plan: MemoryPlan, free: int) -> MemoryPlan:
+    """A streamed plan with as much of the step's weights loaded as fits."""
+    weights = plan.weights["step"]
+    rest = plan.scratch + sum(plan.buffers.values())
+    room = int(STREAMED_SHARE * free) - rest
+    budget = weights if weights <= room else max(room - weights // RESERVE, 0)
+    return replace(plan, budget=budget)
 
 
 def _sizes(engine: Engine, latents: tuple[int, ...] | None) -> dict[str, int]:

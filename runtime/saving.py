@@ -6,21 +6,47 @@ engines.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from reelrt.errors import InputError
 from reelrt.runtime.formats import Frames
 from reelrt.runtime.ranges import span
-from reelrt.runtime.video import write_video
+from reelrt.runtime.video import FilePath, check_writable, write_video
 
 AHEAD = 2
 """Parts of a video that are with the encoder at most: the one it works on, and the next."""
 PATIENCE = 0.5
 """Seconds after which one who waits for the encoder looks whether it is still there."""
+
+
+def targets(save_to: FilePath | Sequence[FilePath] | None, count: int, fps: float) -> list[Path | None]:
+    """Where each video shall be written, checked before any work; None is nowhere.
+
+    Raises:
+        InputError: Not as many as there are prompts, one twice, or a place that cannot be written.
+    """
+    if save_to is None:
+        return [None] * count
+    paths = [Path(path) for path in ([save_to] if isinstance(save_to, str | os.PathLike) else save_to)]
+    if len(paths) != count:
+        raise InputError(f"save_to names {len(paths)} files for {count} prompts; give one each.")
+    if len(set(paths)) != count:
+        raise InputError("save_to names a file twice.")
+    for path in paths:
+        check_writable(path, fps)
+    return [*paths]
+
+
+@contextmanager
+def nowhere() -> Iterator[Callable[[Frames], None]]:
+    """Takes the place of `saving` for a video that is not saved."""
+    yield lambda _part: None
 
 
 @contextmanager
@@ -82,6 +108,7 @@ class _Writer:
         self._parts.put(None)
         while not self._over:
             self._wait()
+        self.thread.join()
         if self._error is not None:
             raise self._failure()
 
@@ -91,6 +118,8 @@ class _Writer:
         self._parts.put(None)
         while self.thread.is_alive() and not self._over:
             self._wait()
+        if self._over:
+            self.thread.join()
 
     def _wait(self) -> None:
         """Until a part was encoded, or all is over."""

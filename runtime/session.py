@@ -3,13 +3,13 @@
 These protocols are all that the loop and the pipeline know of a backend. Which library and which
 memory stand behind them is the backend's business.
 
-Threads. A step session, and the loop over it, belong to one thread at a time. Everything of `Sessions`
-may be called from any thread at any time, also while another thread launches steps: several step
-sessions may be open, and `run` may be called by several threads at once. Results do not depend on that.
+Threads. Several step sessions may be open; they and the loops over them belong to one thread at a time,
+all of them together. `Sessions.run` may be called from any thread at any time, also while that one
+launches steps, and by several threads at once. Results do not depend on that.
 ONNX Runtime runs such calls side by side on the CPU. On a GPU they run on a stream of their own beside
 the step's where the memory plan has room for that (`GpuSessions.overlaps`), else between two launches.
-When one thread's call runs out of the GPU's memory, everything is freed: the others' step sessions then
-answer with a BackendError until their requests are written again.
+When a call runs out of the GPU's memory, everything is freed: step sessions answer with a BackendError
+then until their requests are written again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
+from itertools import repeat
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,6 +26,7 @@ import numpy.typing as npt
 from reelrt.bundle.manifest import EngineSet
 from reelrt.errors import BackendError, CompatibilityError, InputError
 from reelrt.jetson.device import detect
+from reelrt.runtime.device_array import DeviceArray
 from reelrt.runtime.ranges import span
 
 Array = npt.NDArray[Any]
@@ -34,7 +36,7 @@ Float32 = npt.NDArray[np.float32]
 class StepSession(Protocol):
     """The step engine with buffers for one latent shape, one row of the batch per slot.
 
-    It belongs to one thread at a time.
+    It belongs to one thread at a time; see above.
 
     Every buffer is allocated once, for `capacity` rows. The state and its counter exist twice:
     a launch reads one side and writes the other, then the sides change roles. Tables, prompts and
@@ -44,15 +46,15 @@ class StepSession(Protocol):
     capacity: int
     table_rows: int
 
-    def write(self, row: int, table: Float32, text: Array, latents: Float32) -> None:
+    def write(self, row: int, table: Float32, text: Array, latents: Any) -> None:
         """Put a request into a row of the batch, at the first row of its table.
 
         Args:
             row: 0 to capacity - 1.
             table: float32 [S, K], S at most `table_rows`; copied.
             text: Prompt embeddings [2, L, D], unconditional first; copied.
-            latents: Starting latents, float32 [C, F, h, w]; copied. Or what `read_state` gave of a
-                request that had come to the first row of this table.
+            latents: Starting latents, float32 [C, F, h, w]; copied. On a GPU also any array there. Or what
+                `read_state` gave of a request that had come to the first row of this table.
         """
 
     def move(self, source: int, target: int) -> None:
@@ -72,8 +74,15 @@ class StepSession(Protocol):
         """The same with the history a solver needs to go on from it, float32 [R, C, F, h, w]."""
 
 
+class GpuStepSession(StepSession, Protocol):
+    """A step session on a GPU."""
+
+    def view(self, row: int) -> DeviceArray:
+        """The latents in a row where they lie, valid until the next launch, write or move."""
+
+
 class Sessions(Protocol):
-    """An opened engine set; any thread may use it, see above."""
+    """An opened engine set. Any thread may `run` stages; see above."""
 
     def run(self, stage: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a stage other than the step once.
@@ -105,20 +114,46 @@ class GpuSessions(Sessions, Protocol):
     def overlaps(self) -> bool:
         """Whether other stages run beside the step, and one is copied to the host while the next one runs."""
 
-    def submit(self, stage: str, inputs: Mapping[str, Array]) -> Result:
+    def submit(
+        self, stage: str, inputs: Mapping[str, Array], into: Mapping[str, DeviceArray] | None = None
+    ) -> Result:
         """Start what `run` does, and return before it is done.
 
         Args:
             stage: `text_encoder` or `vae_decoder`.
             inputs: As for `run`; they may be changed right after.
+            into: Output name to where it shall be copied to as well, on the GPU.
 
         Raises:
             BackendError: The engine failed; it may also say so only when it is asked for the result.
         """
 
+    def receive(self, array: object) -> DeviceArray:
+        """View another library's array.
+
+        Raises:
+            InputError: It does not lie in device memory, or not in one piece.
+        """
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
+        """Device memory of the caller's, not initialised.
+
+        Raises:
+            DeviceMemoryError: There is not so much left.
+        """
+
+    def copy(self, source: DeviceArray) -> DeviceArray:
+        """A copy in device memory of the caller's, when it is done."""
+
+    def fetch(self, source: DeviceArray) -> Array:
+        """A copy in the host's memory, when it is done."""
+
 
 def run_each(
-    sessions: Sessions, stage: str, inputs: Iterable[Mapping[str, Array]]
+    sessions: Sessions,
+    stage: str,
+    inputs: Iterable[Mapping[str, Array]],
+    into: Iterable[Mapping[str, DeviceArray]] | None = None,
 ) -> Iterator[dict[str, Array]]:
     """Run a stage on one after the other; where a GPU overlaps, the next one runs while this one is used.
 
@@ -126,21 +161,23 @@ def run_each(
         sessions: The opened engine set.
         stage: `text_encoder` or `vae_decoder`.
         inputs: Of each run.
+        into: Of each run, where outputs shall be copied to as well, on a GPU.
 
     Yields:
         The outputs of each, in order.
     """
-    if not (isinstance(sessions, GpuSessions) and sessions.overlaps):
+    if not isinstance(sessions, GpuSessions):
         for each in inputs:
             with span(stage):
                 outputs = sessions.run(stage, each)
             yield outputs
         return
     ahead: deque[Result] = deque()
-    for each in inputs:
+    nowhere: Iterable[Mapping[str, DeviceArray]] = repeat({})
+    for each, targets in zip(inputs, into or nowhere, strict=False):
         with span(stage):
-            ahead.append(sessions.submit(stage, each))
-        if len(ahead) == AHEAD:
+            ahead.append(sessions.submit(stage, each, targets))
+        if len(ahead) == (AHEAD if sessions.overlaps else 1):
             yield ahead.popleft()()
     while ahead:
         yield ahead.popleft()()
@@ -173,8 +210,8 @@ def open_sessions(
         threads: CPU threads per engine; None leaves it to the backend.
         stream: A CUDA stream of the caller's that a GPU backend shall use; see
             `reelrt.runtime.cuda.stream_handle`.
-        residency: `all` engines in the GPU's memory, or `staged`, one at a time; None takes what
-            fits.
+        residency: `all` engines in the GPU's memory, `staged`, one at a time, or `streamed`, with what
+            does not fit of the step's weights left to the host; None takes the first that fits.
 
     Raises:
         BackendError: This version has no session for that backend, or the backend is not

@@ -3,9 +3,9 @@
 The step runs on one stream, in order. The other stages run there too, between its launches, or where
 the memory plan has room for it on a stream beside, with activations of their own and a third stream
 that copies results to the host. One lock, the turn, is held while something is loaded, allocated, freed
-or put on a stream, never while the GPU is waited for. How the step engine is driven stands in
-`reelrt.runtime.trt_step`; what differs between versions of the library in
-`reelrt.runtime.trt_library`.
+or put on a stream, not while a launch or a result is waited for. How the step engine is driven stands in
+`reelrt.runtime.trt_step`, the other stages' buffers in `reelrt.runtime.trt_call`, what differs between
+versions of the library in `reelrt.runtime.trt_library`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
+import numpy.typing as npt
 
-from reelrt.bundle.manifest import Engine, EngineSet
+from reelrt.bundle.manifest import EngineSet
 from reelrt.errors import DeviceMemoryError
-from reelrt.runtime.cuda import Buffer, Device, Event, Stream, mib, stream_handle
-from reelrt.runtime.execution import Execution, Scratch
+from reelrt.runtime.cuda import Device, Event, Stream, mib, stream_handle
+from reelrt.runtime.device_array import DeviceArray, as_device_array
+from reelrt.runtime.execution import Scratch
 from reelrt.runtime.residency import MemoryPlan, choose_memory
 from reelrt.runtime.session import Array, Result
+from reelrt.runtime.trt_call import Call, Lane, Started
 from reelrt.runtime.trt_library import OpenedEngine, load_library
 from reelrt.runtime.trt_step import Gpu, TrtStep
 
@@ -35,6 +39,8 @@ log = logging.getLogger("reelrt")
 
 CALLS_KEPT = 2
 """Sizes of a stage whose buffers are kept: a decoder's full chunk and the last, smaller one."""
+STREAMED = "weights are streamed"
+"""Why a streamed step is not captured: the library copies weights by itself meanwhile."""
 TOLERATED, SLACK_BYTES = 1.1, 32 * 2**20
 """How far the memory in use may be above the plan before a warning says so."""
 
@@ -53,7 +59,7 @@ def open_sessions(
         threads: Not used: the GPU does the work.
         stream: A caller's CUDA stream, of any library, that everything shall run on, in order; it
             must outlive the sessions. None makes one, and others beside it where the memory suffices.
-        residency: `all` engines loaded, or `staged`, one at a time; None takes what fits.
+        residency: One of `reelrt.runtime.residency.RESIDENCIES`; None takes the first that fits.
 
     Raises:
         BackendError: The library or the driver is missing, too old, or refuses an engine.
@@ -88,27 +94,6 @@ class MemoryUse:
     engines: int
 
 
-@dataclass(frozen=True, slots=True)
-class Lane:
-    """Where stages run.
-
-    Attributes:
-        stream: The engines' stream.
-        copies: The stream that copies results to the host; the same one when nothing overlaps.
-        scratch: The activations' block.
-    """
-
-    stream: Stream
-    copies: Stream
-    scratch: Scratch
-
-    def settle(self) -> None:
-        """Wait before something is freed."""
-        self.stream.settle()
-        if self.copies is not self.stream:
-            self.copies.settle()
-
-
 class TrtSessions:
     """An opened engine set; see `reelrt.runtime.session.GpuSessions`.
 
@@ -127,7 +112,7 @@ class TrtSessions:
         self._engines, self._library, self._plan = engines, library, plan
         self._opened: dict[str, OpenedEngine] = {}
         self._taken: dict[str, int] = {}
-        self._calls: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], list[_Call]] = OrderedDict()
+        self._calls: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], list[Call]] = OrderedDict()
         self._steps: WeakSet[TrtStep] = WeakSet()
         self._turn = threading.RLock()
         self._scratch = Scratch(device, stream)
@@ -136,6 +121,11 @@ class TrtSessions:
             beside = Stream(device)
             self._lane = Lane(beside, Stream(device), Scratch(device, beside))
         self._told = False
+        if plan.streams:
+            log.warning(
+                "%s of the step's weights are streamed while it runs, and it runs without CUDA graphs",
+                mib(plan.streams),
+            )
         if plan.residency == "all":
             with self._guarded():
                 for name in engines.engines:
@@ -150,7 +140,9 @@ class TrtSessions:
         """Run a stage once on arrays of any size within its profile."""
         return self.submit(stage, inputs)()
 
-    def submit(self, stage: str, inputs: Mapping[str, Array]) -> Result:
+    def submit(
+        self, stage: str, inputs: Mapping[str, Array], into: Mapping[str, DeviceArray] | None = None
+    ) -> Result:
         """Start a stage; its buffers are used again when the result was asked for, or dropped."""
         engine = self._engines.engines[stage]
         sizes = {
@@ -160,11 +152,48 @@ class TrtSessions:
             if isinstance(axis, str)
         }
         with self._guarded():
-            started = _Started(self, self._free_call(stage, sizes))
-            started.call.start(inputs)
+            started = Started(self._free_call(stage, sizes), self._recovering, self._finished)
+            started.call.start(inputs, into or {})
         return started
 
-    def _free_call(self, stage: str, sizes: Mapping[str, int]) -> _Call:
+    def receive(self, array: object) -> DeviceArray:
+        """View another library's array."""
+        with self.device.current():
+            return as_device_array(array, self.stream.handle)
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
+        """Device memory of the caller's, not initialised."""
+        kind = np.dtype(dtype)
+        with self._guarded():
+            buffer = self.device.allocate(prod(shape) * kind.itemsize)
+        return DeviceArray(buffer.pointer, shape, kind, buffer)
+
+    def copy(self, source: DeviceArray) -> DeviceArray:
+        """A copy in device memory of the caller's, when it is done."""
+        target = self.empty(source.shape, source.dtype)
+        with self._guarded(), self.device.current():
+            self._after(source)
+            self.stream.copy(target.pointer, source.pointer, source.size)
+            self.stream.wait()
+        return target
+
+    def fetch(self, source: DeviceArray) -> Array:
+        """A copy in the host's memory, when it is done."""
+        with self._guarded(), self.device.current():
+            host = self.device.pin(source.size).array(source.shape, source.dtype)
+            self._after(source)
+            self.stream.download(host.ctypes.data, source.pointer, source.size)
+            self.stream.wait()
+        return host.copy()
+
+    def _after(self, source: DeviceArray) -> None:
+        """Let our stream wait for the one whose work an array is the result of."""
+        if source.stream and source.stream != self.stream.handle:
+            event = Event(self.device)
+            Stream(self.device, source.stream).record(event)
+            self.stream.follow(event)
+
+    def _free_call(self, stage: str, sizes: Mapping[str, int]) -> Call:
         """Buffers for a size that nobody waits for; the sizes used last are kept."""
         opened = self._open(stage)
         key = stage, tuple(sorted(sizes.items()))
@@ -177,7 +206,7 @@ class TrtSessions:
         self._calls.move_to_end(key)
         free = next((call for call in self._calls[key] if not call.busy), None)
         if free is None:
-            free = _Call(self.device, self._lane, self._engines.engines[stage], opened, sizes)
+            free = Call(self.device, self._lane, self._engines.engines[stage], opened, sizes)
             self._calls[key].append(free)
         return free
 
@@ -190,7 +219,8 @@ class TrtSessions:
             lambda: self._open("step"),
             self._turn,
             self._guarded,
-            self.finished,
+            self._finished,
+            STREAMED if self._plan.streams else "",
         )
         step = TrtStep(gpu, self._engines.engines["step"], latents)
         with self._turn:
@@ -217,15 +247,21 @@ class TrtSessions:
             self.release()
 
     def _open(self, stage: str) -> OpenedEngine:
-        """An engine, loaded; with `staged`, the only one."""
+        """An engine, loaded; with `staged` and `streamed`, the only one."""
         if stage not in self._opened:
-            if self._plan.residency == "staged":
+            if self._plan.residency != "all":
                 for other in list(self._opened):
                     self._close(other)
             before, _ = self.device.memory()
             path = self._engines.folder / self._engines.engines[stage].file
             with self.device.current():
                 self._opened[stage] = self._library.open(path)
+                if stage == "step" and self._plan.residency == "streamed":
+                    try:
+                        self._opened[stage].stream_weights(self._plan.budget)
+                    except BaseException:
+                        self._close(stage)
+                        raise
             self._taken[stage] = max(before - self.device.memory()[0], 0)
         return self._opened[stage]
 
@@ -244,7 +280,7 @@ class TrtSessions:
             self._taken.pop(stage, None)
 
     @contextmanager
-    def recovering(self) -> Iterator[None]:
+    def _recovering(self) -> Iterator[None]:
         """Free everything when the memory is used up, so that a smaller request can follow."""
         try:
             yield
@@ -260,10 +296,10 @@ class TrtSessions:
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         """Take the turn; memory that is used up is freed when it was given back."""
-        with self.recovering(), self._turn:
+        with self._recovering(), self._turn:
             yield
 
-    def finished(self) -> None:
+    def _finished(self) -> None:
         """After each run: keep compiled kernels, and compare the memory in use with the plan."""
         with self._turn:
             for opened in self._opened.values():
@@ -273,96 +309,3 @@ class TrtSessions:
             if self._plan.scratch and used > allowed and not self._told:
                 self._told = True
                 log.warning("%s of GPU memory are in use; planned were %s", mib(used), self._plan)
-
-
-class _Started:
-    """A stage that was started; see `reelrt.runtime.session.Result`."""
-
-    def __init__(self, sessions: TrtSessions, call: _Call) -> None:
-        self._sessions, self.call = sessions, call
-        call.busy = True
-
-    def __call__(self) -> dict[str, Array]:
-        with self._sessions.recovering():
-            outputs = self.call.outputs()
-        self.call.busy = False
-        self._sessions.finished()
-        return outputs
-
-    def __del__(self) -> None:
-        """Nobody asks any more; whoever uses the buffers next waits until the GPU is done with them."""
-        self.call.busy = False
-
-
-class _Call:
-    """A stage other than the step, with buffers for one size of its inputs.
-
-    Device memory is freed by `close`. Host memory and events go when nobody refers to them any more, for
-    another thread may be waiting for a result just then.
-
-    Attributes:
-        busy: Whether somebody will ask for the outputs.
-    """
-
-    def __init__(
-        self, device: Device, lane: Lane, engine: Engine, opened: OpenedEngine, sizes: Mapping[str, int]
-    ) -> None:
-        spec = engine.spec
-        tensors = {
-            name: (tensor.shape(sizes), tensor.numpy_dtype(engine.precision))
-            for name, tensor in {**spec.inputs, **spec.outputs}.items()
-        }
-        self._inputs, self._outputs = list(spec.inputs), list(spec.outputs)
-        self._device, self._lane, self.busy, self._under_way = device, lane, False, False
-        self._ran, self._copied = Event(device), Event(device)
-        self._host: dict[str, Array] = {}
-        self._buffers: dict[str, Buffer] = {}
-        with ExitStack() as owned:  # what fails half-way keeps nothing
-            for name, (shape, dtype) in tensors.items():
-                size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-                self._host[name] = device.pin(size).array(shape, dtype)
-                self._buffers[name] = device.allocate(size)
-                owned.callback(self._buffers[name].close)
-            self._execution = Execution(
-                opened,
-                {name: tensors[name][0] for name in self._inputs},
-                {name: buffer.pointer for name, buffer in self._buffers.items()},
-                lane.scratch,
-            )
-            owned.callback(self._execution.close)
-            self._owned = owned.pop_all()
-
-    def start(self, inputs: Mapping[str, Array]) -> None:
-        """Copy the inputs, run, and copy the outputs to the host; returns before any of it is done."""
-        stream, copies = self._lane.stream, self._lane.copies
-        with self._device.current():
-            if self._under_way:  # the last time failed or was given up, and nothing says how far it came
-                stream.wait()
-                copies.wait()
-            self._under_way = True
-            for name in self._inputs:
-                host = self._host[name]
-                host[...] = inputs[name]
-                stream.upload(self._buffers[name].pointer, host.ctypes.data, host.nbytes)
-            self._execution.enqueue(stream)
-            if copies is not stream:
-                stream.record(self._ran)
-                copies.follow(self._ran)
-            for name in self._outputs:
-                host = self._host[name]
-                copies.download(host.ctypes.data, self._buffers[name].pointer, host.nbytes)
-            copies.record(self._copied)
-
-    def outputs(self) -> dict[str, Array]:
-        """What it gave, copied from the host's side, when it is there."""
-        with self._device.current():
-            self._copied.wait()
-        outputs = {name: self._host[name].copy() for name in self._outputs}
-        self._under_way = False
-        return outputs
-
-    def close(self) -> None:
-        """Free the device memory, once nothing uses it any more."""
-        self._lane.settle()
-        with self._device.current():
-            self._owned.close()

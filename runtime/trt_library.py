@@ -18,6 +18,7 @@ from reelrt.bundle.files import atomic_files
 from reelrt.bundle.manifest import EngineSet
 from reelrt.errors import BackendError, CompatibilityError, DeviceMemoryError
 from reelrt.runtime.cuda import REMEDY_MEMORY
+from reelrt.runtime.residency import REMEDY_STREAMING
 
 log = logging.getLogger("reelrt")
 
@@ -38,6 +39,8 @@ FEATURES: dict[str, str] = {
     "own_graphs": "CudaGraphStrategy.DISABLED",
     # Whether a context can be captured: RTX only. Elsewhere one tries.
     "capturable": "IExecutionContext.is_stream_capturable",
+    # Weights may stay with the host and come while an engine runs, if it was built for that.
+    "weight_streaming": "ICudaEngine.weight_streaming_budget_v2",
 }
 """What not every version has, and the name that shows it. Everything else is alike in all of them."""
 
@@ -174,6 +177,29 @@ class OpenedEngine:
             raise self.library.error(f"makes no execution context for {self.path.name}")
         self._new = True
         return context
+
+    def stream_weights(self, budget: int) -> None:
+        """Leave weights with the host; before any context is made.
+
+        Args:
+            budget: Bytes of them that may lie in the device's memory.
+
+        Raises:
+            BackendError: The library cannot, or the engine was not built for it.
+        """
+        title = self.library.title
+        if "weight_streaming" not in self.library.features:
+            raise BackendError(
+                f"this version of {title} streams no weights.", "Load with residency='staged', or update it."
+            )
+        streamable = int(self.engine.streamable_weights_size)
+        if not streamable:
+            raise BackendError(f"{title} cannot stream the weights of {self.path}.", REMEDY_STREAMING)
+        wanted = min(budget, streamable)
+        self.library.said.clear()
+        self.engine.weight_streaming_budget_v2 = wanted
+        if int(self.engine.weight_streaming_budget_v2) != wanted:
+            raise self.library.error(f"does not take {wanted} bytes as budget for the weights")
 
     def close(self) -> None:
         """Free the device memory; its contexts are gone before."""

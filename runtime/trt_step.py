@@ -46,6 +46,7 @@ class Gpu:
         guarded: Around work that allocates or is put on the stream: takes the turn, and frees everything
             when memory is used up.
         finished: Told when results were read.
+        graphs_off: Why nothing may be captured, or "".
     """
 
     device: Device
@@ -55,6 +56,7 @@ class Gpu:
     turn: threading.RLock
     guarded: Callable[[], AbstractContextManager[None]]
     finished: Callable[[], None]
+    graphs_off: str = ""
 
 
 class _Memory:
@@ -77,6 +79,7 @@ class _Memory:
         self._owned = ExitStack()
         self.device: dict[str, Buffer] = {}
         self.unsettled: set[int] = set()
+        self.written: set[int] = set()
         self.fetching = False
         try:
             self._allocate(device, sizes["batch"])
@@ -138,7 +141,7 @@ class TrtStep:
         self._executions: dict[tuple[int, int], Execution] = {}
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._captured = -1
-        self.graphs_off = ""
+        self.graphs_off = gpu.graphs_off
         self._memory: _Memory | None = None
         with gpu.guarded():
             self._allocated()
@@ -170,6 +173,7 @@ class TrtStep:
                 stream.wait()
             memory.uploaded[row].wait()  # what was written before may still be on its way
             memory.unsettled.add(row)
+            memory.written.discard(row)
             host, side = memory.host[row], SIDES[self._side]
             host["table"][: len(table)] = table
             host["text"][...] = text
@@ -190,7 +194,10 @@ class TrtStep:
                 host["state"][:rows] = latents
                 upload(state, host["state"].ctypes.data, size)
             stream.record(memory.uploaded[row])
+            if is_on_device(latents):  # they are the caller's again when this returns
+                memory.uploaded[row].wait()
             memory.unsettled.discard(row)
+            memory.written.add(row)
             for each in (0, 1):  # contexts are made now, so that a launch makes none
                 self._execution(row + 1, each).prepare()
 
@@ -209,10 +216,11 @@ class TrtStep:
     def move(self, source: int, target: int) -> None:
         """Copy a row to another row."""
         with self._gpu.guarded(), self._gpu.device.current():
-            memory, side = self._ready(), SIDES[self._side]
+            memory, side = self._ready(source), SIDES[self._side]
             for name in ("table", "text", f"state.{side}", f"step.{side}"):
                 size = memory.rows[name.partition(".")[0]]
                 self._gpu.stream.copy(memory.address(name, target), memory.address(name, source), size)
+            memory.written.add(target)
 
     def launch(self, active: int) -> None:
         """Let the GPU advance the first rows by one row of their tables, then swap the sides."""
@@ -220,7 +228,7 @@ class TrtStep:
         with gpu.device.current():
             self._ready().reached[self._side].wait()  # not holding the turn: other stages start meanwhile
             with gpu.guarded():
-                memory, side = self._ready(), self._side
+                memory, side = self._ready(*range(active)), self._side
                 graph = self._graphs.get((active, side))
                 if graph is not None and self._captured == gpu.scratch.version:
                     graph.launch(gpu.stream)
@@ -272,7 +280,7 @@ class TrtStep:
         stream = self._gpu.stream
         with self._gpu.device.current():
             with self._gpu.guarded():
-                memory = self._ready()
+                memory = self._ready(row)
                 if memory.fetching:  # the last time failed, and nothing says how far it came
                     stream.wait()
                 memory.fetching = True
@@ -287,14 +295,15 @@ class TrtStep:
 
     def view(self, row: int) -> DeviceArray:
         """The latents in a row where they lie, valid until the next launch, write or move."""
-        memory = self._ready()
+        memory = self._ready(row)
         buffer: Buffer = memory.device[f"state.{SIDES[self._side]}"]
         shape, dtype = memory.latents
         address = memory.address(f"state.{SIDES[self._side]}", row)
         return DeviceArray(address, shape, dtype, buffer, self._gpu.stream.handle)
 
-    def _ready(self) -> _Memory:
-        if self._memory is None:
+    def _ready(self, *rows: int) -> _Memory:
+        """The buffers, if rows hold what was written: another thread's call may have freed all of it."""
+        if self._memory is None or not self._memory.written.issuperset(rows):
             raise BackendError("the step's memory was freed; write its requests again.")
         return self._memory
 

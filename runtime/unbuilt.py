@@ -1,4 +1,4 @@
-"""A bundle run as it is, by ONNX Runtime on the CPU, without building engines of it first.
+"""A bundle run as it is, by ONNX Runtime, without building engines of it first.
 
 For measuring and calibrating: what runs are the very graphs that every backend's engines are made
 of. ONNX Runtime optimises them when they are opened, so it takes longer than opening an engine set.
@@ -7,6 +7,7 @@ of. ONNX Runtime optimises them when they are opened, so it takes longer than op
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import onnxruntime as ort
@@ -14,7 +15,7 @@ import onnxruntime as ort
 from reelrt.bundle.manifest import Bundle, Engine, EngineSet, kind_of
 from reelrt.bundle.spec import DECODER_FRAMES, MAX_TABLE_ROWS, Profile, Range
 from reelrt.jetson.device import physical_cores
-from reelrt.runtime.ort import OrtSessions
+from reelrt.runtime.ort import CPU, OrtSessions, open_engine
 from reelrt.runtime.pipeline import TextToVideo
 from reelrt.runtime.session import Sessions, open_sessions
 
@@ -27,7 +28,12 @@ Wrap = Callable[[Sessions], Sessions]
 
 
 def open_pipeline(
-    folder: Path, *, threads: int | None = None, check: bool = True, wrap: Wrap | None = None
+    folder: Path,
+    *,
+    threads: int | None = None,
+    check: bool = True,
+    wrap: Wrap | None = None,
+    provider: str = CPU,
 ) -> TextToVideo:
     """Open a bundle, or an engine set, whichever a folder holds.
 
@@ -36,6 +42,8 @@ def open_pipeline(
         threads: CPU threads; None takes one per physical core.
         check: Whether to verify the SHA-256 of every file first.
         wrap: Given the sessions of either, returns those that the pipeline uses.
+        provider: What of ONNX Runtime runs a bundle: on a GPU that no other library of ours takes, its
+            `CUDAExecutionProvider`. State and frames pass through the host's memory then.
 
     Raises:
         IntegrityError: Neither of the two, or a file of it is missing or damaged.
@@ -47,7 +55,7 @@ def open_pipeline(
         sessions = open_sessions(engines, threads)
     else:
         engines = as_engines(Bundle.load(folder, check))
-        sessions = OrtSessions(engines, threads or physical_cores())
+        sessions = OrtSessions(engines, threads or physical_cores(), partial(open_engine, provider=provider))
     return TextToVideo(engines, sessions if wrap is None else wrap(sessions))
 
 

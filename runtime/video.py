@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from reelrt.bundle.files import atomic_files
 from reelrt.errors import InputError
+from reelrt.runtime.device_array import DeviceArray
 from reelrt.runtime.formats import FORMATS, Format, Frames
 
 SLOWEST, FASTEST = 0.1, 1000
@@ -44,6 +45,8 @@ class Video:
             last decoded frame to the finished file.
         peak_memory: Largest resident size of the process so far, in bytes; 0 where the system
             does not say.
+        on_device: With `generate(on_device=True)`, `latents` and `frames` in the GPU's memory as well:
+            arrays with `__cuda_array_interface__` and `__dlpack__`, the video's own and ready to be read.
         path: The file that `generate(save_to=...)` wrote, the first one for PNG; else None.
     """
 
@@ -53,6 +56,7 @@ class Video:
     timings: Mapping[str, float] = field(default_factory=dict)
     peak_memory: int = 0
     path: Path | None = None
+    on_device: Mapping[str, DeviceArray] = field(default_factory=dict)
 
     def save(self, path: FilePath, fps: float = 8) -> Path:
         """Write the video; the extension chooses the format.

@@ -45,7 +45,7 @@ class Sets:
     cpu: EngineSet
     gpu: Gpu
 
-    def of(self, backend: str, precision: str) -> EngineSet:
+    def of(self, backend: str, precision: str, weight_streaming: bool = False) -> EngineSet:
         """An engine set of a GPU backend; skipped for a card it does not support, not when a build fails."""
         if not installed(backend):
             pytest.skip(f"{backend} is not installed")
@@ -53,18 +53,19 @@ class Sets:
             choose(backend, "host", detect())
         except InputError as error:  # a card that this library does not support
             pytest.skip(f"{backend} builds nothing for {self.gpu.name}: {error.message}")
-        return self._build(backend, precision)
+        return self._build(backend, precision, weight_streaming)
 
     def reference(self, precision: str) -> EngineSet:
         """The ONNX Runtime engines to compare with: FP32, or of the same INT8 graph."""
         return self._build("onnxruntime", precision) if precision == "int8" else self.cpu
 
-    def _build(self, backend: str, precision: str) -> EngineSet:
+    def _build(self, backend: str, precision: str, weight_streaming: bool = False) -> EngineSet:
         return build_engines(
             self._int8() if precision == "int8" else self.folder / "bundle",
-            self.folder / f"{backend}-{precision}",
+            self.folder / f"{backend}-{precision}{'-streamed' * weight_streaming}",
             backend=backend,
             precision=None if precision == "int8" else precision,
+            weight_streaming=weight_streaming,
             quality_gate=False,  # the model is random; its quality means nothing
             **SIZES,
         )

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -159,3 +160,81 @@ def test_compute_sanitizer_finds_nothing(sets, backend, tmp_path):
     options = ["a red circle", "-o", str(tmp_path / "red.mp4"), "--steps", "2", "--frames", "4"]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def test_stages_run_beside_the_step_and_change_no_bit(pipe):
+    """Text encoder and decoder from another thread, all through a video."""
+    assert pipe._sessions.overlaps
+    wanted = pipe.generate(PROMPTS[0], steps=8, seed=1)
+    latents = pipe.starting_latents(2)
+    frames = np.concatenate([*pipe.decode(latents)])
+    over, decoded = threading.Event(), []
+
+    def work():
+        while not over.is_set():
+            decoded.append(np.array_equal(np.concatenate([*pipe.decode(latents)]), frames))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        found = pipe.generate(PROMPTS[0], steps=8, seed=1)
+    finally:
+        over.set()
+        thread.join()
+    assert same([found], [wanted])
+    assert decoded and all(decoded)
+
+
+def test_a_video_is_encoded_while_it_is_decoded(pipe, tmp_path):
+    video = pipe.generate(PROMPTS[0], steps=3, seed=1, save_to=tmp_path / "a.png")
+    assert video.path.read_bytes() == video.save(tmp_path / "b.png").read_bytes()
+
+
+def test_streamed_weights_give_the_same_video(sets, backend):
+    from dataclasses import replace
+
+    from reelrt.runtime import session, trt
+
+    engines = sets.of(backend, "fp32", weight_streaming=True)
+    wanted = reelrt.load(engines.folder, residency="all").generate(PROMPTS[0], steps=3, seed=1)
+    pipe = reelrt.load(engines.folder, residency="streamed")
+    sessions = pipe._sessions
+    assert isinstance(sessions, trt.TrtSessions) and isinstance(sessions, session.GpuSessions)
+    sessions._plan = replace(sessions._plan, budget=sessions._plan.weights["step"] // 4)
+    found = pipe.generate(PROMPTS[0], steps=3, seed=1)
+    (step,) = sessions._steps
+    assert step.graphs_off == "weights are streamed"
+    assert far([found], [wanted]) <= TOLERANCES["fp32"]
+
+
+def test_latents_come_from_the_gpu_and_frames_stay_there(pipe):
+    noise = pipe.starting_latents(3)
+    host = pipe._sessions.device.pin(noise.nbytes).array(noise.shape, noise.dtype)
+    host[...] = noise
+    array = pipe._sessions.empty(noise.shape, noise.dtype)
+    with pipe._sessions.device.current():
+        pipe._sessions.stream.upload(array.pointer, host.ctypes.data, host.nbytes)
+        pipe._sessions.stream.wait()
+    found = pipe.generate(PROMPTS[0], steps=3, latents=array, on_device=True)
+    assert same([found], [pipe.generate(PROMPTS[0], steps=3, latents=noise)])
+    assert np.array_equal(pipe._sessions.fetch(found.on_device["frames"]), found.frames)
+    assert np.array_equal(pipe._sessions.fetch(found.on_device["latents"]), found.latents)
+
+
+def test_onnxruntimes_cuda_provider_makes_the_same_video(sets):
+    """The network on the GPU without TensorRT, for cards that TensorRT-RTX refuses."""
+    import onnxruntime
+
+    from reelrt.runtime.ort import CUDA
+    from reelrt.runtime.unbuilt import open_pipeline
+
+    if CUDA not in onnxruntime.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has no {CUDA}")
+    bundle = sets.folder / "bundle"
+    ours = open_pipeline(bundle, provider=CUDA).generate(PROMPTS[0], steps=4, seed=1)
+    assert far([ours], [open_pipeline(bundle).generate(PROMPTS[0], steps=4, seed=1)]) <= TOLERANCES["fp32"]
+
+
+def test_nvtx_takes_our_ranges(pipe):
+    pytest.importorskip("nvtx", reason="nvtx is not installed (pip install 'reelrt[profile]')")
+    assert pipe.generate(PROMPTS[0], steps=2, seed=1).frames.any()

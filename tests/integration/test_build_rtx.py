@@ -126,3 +126,19 @@ def test_ctrl_c_ends_the_builder_and_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build_engines(tiny, folder, target="rtx3060", progress=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_an_engine_whose_weights_can_be_streamed(tmp_path, caplog):
+    """TensorRT-RTX takes the flag for the step; the manifest says so, and nothing else is built again."""
+    tiny, folder = tiny_bundle(tmp_path / "bundle"), tmp_path / "engines"
+    plain = build_engines(tiny, folder, target="rtx3060", batch=1)
+    assert not any(engine.weight_streaming for engine in plain.engines.values())
+    with caplog.at_level(logging.INFO, "reelrt"):
+        engines = build_engines(tiny, folder, target="rtx3060", batch=1, weight_streaming=True)
+    assert [name for name, engine in engines.engines.items() if engine.weight_streaming] == ["step"]
+    rebuilt = [record.getMessage() for record in caplog.records if "is rebuilt" in record.getMessage()]
+    assert rebuilt == ["step is rebuilt: flags: strongly typed -> strongly typed, weight streaming"]
+    assert engines.files["step.engine"] != plain.files["step.engine"]
+    assert (
+        build_engines(tiny, folder, target="rtx3060", batch=1, weight_streaming=True).files == engines.files
+    )

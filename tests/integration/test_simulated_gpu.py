@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 
 import reelrt
-from reelrt.bundle.manifest import EngineSet
+from benchmarks import gpu
+from reelrt.bundle.manifest import Bundle, EngineSet
+from reelrt.jetson.boards import boards
+from reelrt.runtime.ort import CPU, CUDA
 from tests.simulated.machine import Machine
 
 pytestmark = pytest.mark.timeout(900)  # the first test exports the model
@@ -37,3 +41,34 @@ def test_a_model_gives_the_bits_of_onnx_runtime(small_engines: Path, tmp_path, m
             assert a.frames.tobytes() == b.frames.tobytes()
     assert machine.driver.violations == []
     assert machine.driver.calls["cuGraphLaunch"] > 10
+
+
+def test_the_benchmark_finds_the_share_of_the_roofline(small_engines: Path, tmp_path, monkeypatch) -> None:
+    """The times of a simulated GPU mean nothing; operations, bytes and the board's peaks are real."""
+    machine = Machine(monkeypatch)
+    engines = machine.engines(EngineSet.load(small_engines), tmp_path / "engines")
+    pipe = reelrt.load(engines.folder)
+    board, bundle = boards()["rtx3060-laptop-6gb"], Bundle.load(small_engines.parent / "bundle")
+    measured = gpu.measure(pipe, steps=2)
+    found = gpu.roofline(pipe, bundle, board, measured)
+    times = {
+        "step": measured["graphs"]["launch_milliseconds"],
+        "vae_decoder": measured["stage_milliseconds"]["vae_decoder"],
+    }
+    for name, milliseconds in times.items():
+        stage = found[name]
+        arithmetic = stage["flops"] / (0.5 * board.fp16_tflops * 1e9)  # FP32 engines
+        memory = stage["bytes"] / (board.bandwidth_gbs * 1e6)
+        assert stage["least_milliseconds"] == pytest.approx(max(arithmetic, memory))
+        assert stage["share"] == pytest.approx(stage["least_milliseconds"] / milliseconds)
+        assert 0 < stage["share"] < 1  # a CPU does the work
+    assert machine.driver.violations == []
+
+
+def test_the_benchmark_runs_a_bundle_by_a_provider_of_onnx_runtime(small_engines: Path) -> None:
+    bundle = small_engines.parent / "bundle"
+    found = gpu.by_onnxruntime(bundle, 2, provider=CPU)
+    assert set(found["seconds"]) == {"text", "denoise", "decode"}
+    if CUDA not in onnxruntime.get_available_providers():
+        refused = gpu.by_onnxruntime(bundle, 2)
+        assert "no CUDAExecutionProvider; it has " in refused["refused"]

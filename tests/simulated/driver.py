@@ -186,6 +186,11 @@ class SimulatedDriver:
         self.calls["enqueueV3"] += 1
         return bool(self.faults("enqueueV3"))
 
+    def settle(self, stream: int) -> None:
+        """Do what is on a stream, as a library does that runs synchronously."""
+        with self._lock:
+            self._wait_for(stream)
+
     def is_capturing(self, stream: int) -> bool:
         return self._streams[stream].recording is not None
 

@@ -36,6 +36,6 @@ class Machine:
         patch.setitem(sys.modules, self.backend, self.module)
         patch.setattr("reelrt.runtime.session.detect", lambda: replace(detect(), gpu=gpu))
 
-    def engines(self, source: EngineSet, folder: Path) -> EngineSet:
+    def engines(self, source: EngineSet, folder: Path, streamable: int = 0) -> EngineSet:
         """An ONNX Runtime engine set as one of this machine's library."""
-        return simulate(source, folder, self.backend, self.version)
+        return simulate(source, folder, self.backend, self.version, streamable=streamable)

@@ -13,23 +13,27 @@ import ctypes
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import onnxruntime as ort
 
-from reelrt.bundle.manifest import Engine, EngineSet
+from reelrt.bundle.manifest import WEIGHT_STREAMING, Engine, EngineSet
 from reelrt.runtime.ort import open_engine
 from tests.simulated.driver import POISON, SimulatedDriver, Status
 
 THREADS = 1
 CONTEXT_BYTES = 512
 ACTIVATION_BYTES = 64
-"""Device memory of a context, and activations per element of its inputs; made up."""
+STREAMING_BYTES = 2048
+"""Device memory of a context, activations per element of its inputs, and what streamed weights come in;
+made up."""
 
 MISSING: Mapping[str, frozenset[str]] = {
     "tensorrt 10.3.0": frozenset({"runtime_config", "rtx"}),
@@ -41,7 +45,12 @@ MISSING: Mapping[str, frozenset[str]] = {
 
 
 def simulate(
-    engines: EngineSet, folder: Path, backend: str, version: str, capability: str = "8.6"
+    engines: EngineSet,
+    folder: Path,
+    backend: str,
+    version: str,
+    capability: str = "8.6",
+    streamable: int = 0,
 ) -> EngineSet:
     """An ONNX Runtime engine set as one that the simulation opens.
 
@@ -51,10 +60,14 @@ def simulate(
         backend: `tensorrt` or `tensorrt_rtx`.
         version: Of that library.
         capability: The compute capability it is said to be built for.
+        streamable: Bytes of weights of a step that is built for weight streaming; 0 for none such.
     """
     folder.mkdir(parents=True)
     made = {}
-    for name, engine in engines.engines.items():
+    flags = {"flags": f"strongly typed, {WEIGHT_STREAMING}"}
+    for name, given in engines.engines.items():
+        streams = streamable and name == "step"
+        engine = replace(given, weight_bytes=streamable, key_fields=flags) if streams else given
         profile = {axis: (extent.min, extent.max) for axis, extent in engine.profile.items()}
         plan = {
             "onnx": str(engines.folder / engine.file),
@@ -62,6 +75,7 @@ def simulate(
             "precision": engine.precision,
             "profile": profile,
             "weights": engine.weight_bytes,
+            "streaming": engine.weight_streaming,
         }
         (folder / f"{name}.engine").write_text(json.dumps(plan), encoding="utf-8")
         plain = {key: getattr(engine, key) for key in Engine.__slots__}
@@ -174,7 +188,8 @@ def simulated_library(driver: SimulatedDriver, name: str = "tensorrt_rtx 1.7.1")
             return True
 
         def _needed(self):
-            return ACTIVATION_BYTES * max(math.prod(shape) for shape in self._shapes.values())
+            activations = ACTIVATION_BYTES * max(math.prod(shape) for shape in self._shapes.values())
+            return activations + STREAMING_BYTES * self.engine.streams
 
         def update_device_memory_size_for_shapes(self):
             if set(self._shapes) != set(self.engine.spec.inputs):
@@ -205,6 +220,11 @@ def simulated_library(driver: SimulatedDriver, name: str = "tensorrt_rtx 1.7.1")
                 or set(self._addresses) != {**self.engine.spec.inputs, **self.engine.spec.outputs}.keys()
             ):
                 return self.engine.logger.complain("not every address was set")
+            if self.engine.streams:
+                if capturing:
+                    driver.invalidate(stream_handle)
+                    return self.engine.logger.complain("captured while weights are streamed")
+                driver.settle(stream_handle)
             if capturing and not self._warm:
                 driver.invalidate(stream_handle)
                 return self.engine.logger.complain("captured before it was run with these shapes")
@@ -228,14 +248,40 @@ def simulated_library(driver: SimulatedDriver, name: str = "tensorrt_rtx 1.7.1")
 
             self.logger, self.spec = logger, StageSpec.from_json(plan["spec"])
             self.profile, self.precision, self.onnx = plan["profile"], plan["precision"], plan["onnx"]
-            self._memory = Owned(plan["weights"])
+            self._streaming, self._weights = plan["streaming"], plan["weights"]
+            self._budget, self._contexts = self._weights, WeakSet()
+            # Streamable weights stay with the host until the first context says how many come.
+            self._memory = Owned(0 if self._streaming else self._weights)
+
+        @property
+        def streams(self):
+            return self._streaming and self._budget < self._weights
+
+        @property
+        def streamable_weights_size(self):
+            return self._weights if self._streaming else 0
+
+        @property
+        def weight_streaming_budget_v2(self):
+            return self._budget
+
+        @weight_streaming_budget_v2.setter
+        def weight_streaming_budget_v2(self, budget):
+            if self._contexts or not self._streaming:
+                self.logger.complain("the budget cannot be set while a context lives")
+            else:
+                self._budget = budget
 
         def create_execution_context(self, settings=None):
             strategy = getattr(settings, "strategy", settings)
             if strategy is not ExecutionContextAllocationStrategy.USER_MANAGED:
                 driver.violate("a context brings memory of its own")
+            if self._streaming and not self._contexts:
+                self._memory = None
+                self._memory = Owned(self._budget)
             context = IExecutionContext(self, settings)
-            if not context._memory.pointer:
+            self._contexts.add(context)
+            if not (context._memory.pointer and self._memory.pointer):
                 self.logger.complain("Error Code 2: OutOfMemory (Requested size was 512 bytes.)")
                 return None
             return context

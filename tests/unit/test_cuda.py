@@ -244,6 +244,26 @@ def test_arrays_are_shared_without_a_copy(device):
     assert is_on_device(ours) and not is_on_device(np.zeros(3))
 
 
+def test_parts_of_an_array(device):
+    buffer = device.allocate(40)
+    array = DeviceArray(buffer.pointer, (5, 2), np.dtype(np.float32), buffer)
+    assert (array[1].pointer, array[1].shape) == (buffer.pointer + 8, (2,))
+    assert array[-1].pointer == buffer.pointer + 32
+    with pytest.raises(IndexError):
+        array[5]
+    parts = array.split(2)
+    assert [(part.pointer - buffer.pointer, part.shape) for part in parts] == [
+        (0, (2, 2)),
+        (16, (2, 2)),
+        (32, (1, 2)),
+    ]
+
+
+@pytest.mark.parametrize(("kind", "there"), [(1, False), (2, True), (13, True)])
+def test_dlpack_says_where_an_array_lies(kind, there):
+    assert is_on_device(SimpleNamespace(__dlpack__=None, __dlpack_device__=lambda: (kind, 0))) == there
+
+
 def test_a_dlpack_array_of_the_cpu_is_refused():
     class Cpu:
         def __init__(self):

@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from reelrt.engines.doctor import examine
+from reelrt.errors import BackendError
 from reelrt.jetson import device as machine
 from reelrt.jetson.device import Device, Gpu, detect
+from reelrt.runtime.ort import CPU, CUDA, open_engine
 from tests.unit.test_runtime_pipeline import make_engines
 
 AMPERE = Gpu("RTX 3060", "8.6", 6 * 2**30, "13.0")
@@ -139,3 +141,36 @@ def test_engines_that_run_here_and_no_engines_at_all(monkeypatch, tmp_path):
 
 def test_a_machine_is_described_without_a_gpu_fault_by_default():
     assert Device(None, "", "", "x86_64", "CPU", (), 1, 1).gpu_fault == ""
+
+
+def test_onnxruntimes_cuda_provider_is_told(monkeypatch):
+    gpu = Gpu("NVIDIA H100", "9.0", 80 << 30, "13.0")
+    assert "CUDA provider" not in checks(monkeypatch, gpu=gpu)["Can run"].detail
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert "bundles by ONNX Runtime's CUDA provider" in checks(monkeypatch, gpu=gpu)["Can run"].detail
+    assert "CUDA provider" not in checks(monkeypatch, gpu=None)["Can run"].detail
+
+
+def test_a_provider_that_is_not_there_is_one_sentence_and_a_remedy(monkeypatch, tmp_path):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
+    with pytest.raises(BackendError, match="has no CUDAExecutionProvider; it has CPU.*onnxruntime-gpu"):
+        open_engine(tmp_path / "step.onnx", 1, CUDA)
+
+
+def test_a_provider_that_falls_back_to_the_cpu_is_an_error(monkeypatch, tmp_path):
+    """ONNX Runtime says nothing when its library for CUDA does not load."""
+    import onnxruntime
+
+    class Session:
+        def __init__(self, *_, **__):
+            pass
+
+        def get_providers(self):
+            return [CPU]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    with pytest.raises(BackendError, match="CUDAExecutionProvider does not start here"):
+        open_engine(tmp_path / "step.onnx", 1, CUDA)

@@ -18,7 +18,7 @@ import pytest
 
 from reelrt.bundle.files import hash_folder
 from reelrt.bundle.manifest import Bundle, EngineSet
-from reelrt.engines import profiles, worker
+from reelrt.engines import backends, profiles, worker
 from reelrt.engines.builder import build_engines
 from reelrt.engines.recipe import Job, changes
 from reelrt.errors import BackendError, InputError, IntegrityError, RangeError
@@ -197,6 +197,25 @@ def test_fp32_cannot_be_made_of_fp16(bundle, tmp_path):
         InputError, match="holds fp16 weights, and fp32 cannot be made of them.*--precision fp32"
     ):
         build_engines(half, tmp_path / "engines", precision="fp32")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "onnxruntime"}, "ONNX Runtime on a CPU streams no weights"),
+        ({"backend": "tensorrt", "target": "orin-nano"}, "on orin-nano CPU and GPU share one memory"),
+    ],
+)
+def test_streaming_weights_is_refused_where_it_gains_nothing(bundle, tmp_path, monkeypatch, options, message):
+    from reelrt.jetson.targets import find
+
+    def choose(backend, target, device):
+        return backends.BACKENDS[backend], find(target) if target != "host" else backends.host_cpu(device)
+
+    monkeypatch.setattr("reelrt.engines.backends.choose", choose)
+    with pytest.raises(InputError, match=message):
+        build_engines(bundle, tmp_path / "engines", weight_streaming=True, **options)
+    assert not (tmp_path / "engines").exists()
 
 
 def test_an_unknown_precision_is_refused(bundle, tmp_path):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from reelrt.bundle.manifest import Bundle
 from reelrt.cli import app
 from reelrt.engines.builder import build_engines
-from reelrt.engines.memory import CONTEXT_BYTES, Planner, Video, available, check_fits
+from reelrt.engines.memory import CONTEXT_BYTES, Plan, Planner, Video, available, check_fits
 from reelrt.engines.roofline import bounds, peak_flops
 from reelrt.errors import InputError, PlanError, RangeError
 from reelrt.jetson.boards import boards
@@ -82,6 +82,22 @@ def test_what_fits_nowhere_is_refused_with_what_does(planner: Planner) -> None:
     assert "What fits: " in refused.value.remedy
     assert refused.value.exit_code == 9
     assert check_fits(planner, VIDEO).fits["all"]
+
+
+def test_what_fits_only_with_streamed_weights_asks_for_them(planner: Planner) -> None:
+    plan = planner.plan(VIDEO)
+    tight = replace(plan, available_bytes=plan.peaks["staged"] - 1)
+    assert [policy for policy, fits in tight.fits.items() if fits] == ["streamed"]
+
+    class Tight(Planner):
+        def plan(self, video: Video) -> Plan:
+            return tight
+
+    tighter = Tight(planner._bundle, tight.target)
+    with pytest.raises(PlanError, match=r"only with the step's weights streamed .*--weight-streaming"):
+        check_fits(tighter, VIDEO, weight_streaming=False)
+    assert check_fits(tighter, VIDEO, weight_streaming=True) is tight
+    assert check_fits(planner, VIDEO, weight_streaming=False).fits["all"]
 
 
 def test_a_target_without_known_memory_asks_for_a_board(bundle: Bundle) -> None:

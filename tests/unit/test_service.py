@@ -763,7 +763,7 @@ def test_a_failure_that_cannot_be_written_yet_is_told_and_written_later(start, m
         patch.setattr(service._store, "finish", lambda _: (_ for _ in ()).throw(StorageError("full")))
         failed = over(service, service.submit(RED))
         assert (failed.status, failed.error.code) == ("failed", "backend_error")
-        assert service._store.get(failed.id).status == "in_progress"
+        assert service._store.get(failed.id).live
     until(lambda: service._store.get(failed.id).status == "failed")
     assert service.get(failed.id).error == failed.error
 

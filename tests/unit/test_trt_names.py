@@ -33,7 +33,11 @@ USED: Table = {
     "ExecutionContextAllocationStrategy": {"USER_MANAGED": None},
 }
 USED_IF_THERE: Table = {
-    "ICudaEngine": {"create_runtime_config": 0},
+    "ICudaEngine": {
+        "create_runtime_config": 0,
+        "streamable_weights_size": None,
+        "weight_streaming_budget_v2": None,
+    },
     "IRuntimeConfig": {"set_execution_context_allocation_strategy": 1},
 }
 USED_OF_RTX: Table = {
@@ -205,8 +209,8 @@ def test_the_simulated_library_has_what_its_version_has(name):
 def test_which_version_has_what():
     found = {name: trt_library.features(simulated_library(SimulatedDriver(), name)) for name in MISSING}
     assert found == {
-        "tensorrt 10.3.0": set(),
-        "tensorrt 11.4.1": {"runtime_config"},
+        "tensorrt 10.3.0": {"weight_streaming"},
+        "tensorrt 11.4.1": {"runtime_config", "weight_streaming"},
         "tensorrt_rtx 1.4.0": set(trt_library.FEATURES) - {"capturable"},
         "tensorrt_rtx 1.7.1": set(trt_library.FEATURES),
     }

@@ -14,6 +14,7 @@ import pytest
 import reelrt
 from reelrt.bundle.manifest import EngineSet
 from reelrt.errors import BackendError, Cancelled, CompatibilityError, DeviceMemoryError, InputError
+from reelrt.runtime.cuda import Stream
 from reelrt.runtime.device_array import DeviceArray
 from reelrt.runtime.loop import Request, StepLoop
 from reelrt.runtime.noise import starting_noise
@@ -224,6 +225,99 @@ def test_latents_come_and_go_in_device_memory(machine, pipe, cpu):
         session.write(0, request.table, request.text, DeviceArray(theirs.pointer, (4,), array.dtype, theirs))
 
 
+class Cupy:
+    """Stands for another library's array, with values of a stream of its own on their way to it."""
+
+    def __init__(self, pipe, values):
+        self.device, self.stream = pipe._sessions.device, Stream(pipe._sessions.device)
+        self.buffer = self.device.allocate(values.nbytes)
+        self.host = self.device.pin(values.nbytes).array(values.shape, values.dtype)
+        self.host[...] = values
+        with self.device.current():
+            self.stream.upload(self.buffer.pointer, self.host.ctypes.data, values.nbytes)
+        self.shape, self.dtype = values.shape, values.dtype
+
+    @property
+    def __cuda_array_interface__(self):
+        data, stream = (self.buffer.pointer, False), self.stream.handle
+        shape, kind = self.shape, self.dtype.str
+        return {
+            "version": 3,
+            "shape": shape,
+            "typestr": kind,
+            "data": data,
+            "strides": None,
+            "stream": stream,
+        }
+
+
+@pytest.mark.parametrize("residency", ["all", "staged"])
+def test_generate_takes_latents_of_the_gpu(machine, source, cpu, tmp_path, residency):
+    """For one prompt and for several; from another library's stream; no byte of them through the host."""
+    pipe = reelrt.load(machine.engines(source, tmp_path / "engines").folder, residency=residency)
+    noise = np.concatenate([cpu.starting_latents(seed) for seed in (3, 4)])
+    for prompts, given in ((PROMPTS[:2], noise), (PROMPTS[:3], noise[:1])):
+        theirs = Cupy(pipe, given)
+        pipe.generate(prompts, steps=2, seed=1)
+        before = machine.driver.calls.copy()
+        found = pipe.generate(prompts, steps=4, latents=theirs)
+        uploads = (machine.driver.calls - before)["cuMemcpyHtoDAsync"]
+        theirs.buffer.close()  # theirs again
+        same(found, cpu.generate(prompts, steps=4, latents=given))
+        assert found[0].metadata["seed"] is None
+        before = machine.driver.calls.copy()
+        pipe.generate(prompts, steps=4, latents=given)
+        assert (machine.driver.calls - before)["cuMemcpyHtoDAsync"] == uploads + len(prompts)
+
+
+def test_a_solver_that_scales_its_noise_takes_it_through_the_host(machine, pipe, cpu):
+    noise = cpu.starting_latents(3)
+    found = pipe.generate("red", steps=4, solver="two", latents=Cupy(pipe, noise))  # 2.0 times the noise
+    same([found], [cpu.generate("red", steps=4, solver="two", latents=noise)])
+
+
+def test_impossible_latents_of_the_gpu(machine, pipe, cpu):
+    for values, message in (
+        (np.zeros((4, 4, 4, 6), np.float32), r"latents have shape \(4, 4, 4, 6\); give \[1 or 1"),
+        (np.zeros((1, 4, 4, 4, 6), np.float16), "are float16. Make them float32"),
+        (np.zeros((1, 4, 9, 4, 6), np.float32), "frames 9 is not available"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pipe.generate("red", steps=1, latents=Cupy(pipe, values))
+    with pytest.raises(InputError, match="these engines run on the CPU"):
+        cpu.generate("red", steps=1, latents=Cupy(pipe, cpu.starting_latents(1)))
+    with pytest.raises(InputError, match="on_device is for engines of a GPU"):
+        cpu.generate("red", steps=1, on_device=True)
+
+
+@pytest.mark.parametrize("residency", ["all", "staged"])
+def test_latents_and_frames_stay_on_the_gpu(machine, source, cpu, tmp_path, residency):
+    """Two videos, each with memory of its own, which outlives the pipeline."""
+    pipe = reelrt.load(machine.engines(source, tmp_path / "engines").folder, residency=residency)
+    assert pipe.generate("red", steps=1).on_device == {}
+    wanted = cpu.generate(PROMPTS[:2], steps=4, seed=1)
+    found = pipe.generate(PROMPTS[:2], steps=4, seed=1, on_device=True)
+    same(found, wanted)
+    fetch = pipe._sessions.fetch
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert set(ours.on_device) == {"latents", "frames"}
+        interface = ours.on_device["frames"].__cuda_array_interface__
+        assert (interface["shape"], interface["typestr"]) == (theirs.frames.shape, "|u1")
+        assert fetch(ours.on_device["latents"]).tobytes() == theirs.latents.tobytes()
+        assert fetch(ours.on_device["frames"]).tobytes() == theirs.frames.tobytes()
+        again = pipe.generate(
+            "red", steps=1, latents=ours.on_device["latents"]
+        )  # a video's latents are noise
+        assert again.frames.tobytes() == cpu.generate("red", steps=1, latents=theirs.latents).frames.tobytes()
+    del pipe, fetch, again
+    gc.collect()
+    sizes = sum(array.size for video in found for array in video.on_device.values())
+    assert machine.driver.used == sizes
+    del found, ours
+    gc.collect()
+    assert machine.driver.leaks() == {}
+
+
 def test_kernels_are_kept_beside_the_engines(machine, source, tmp_path, caplog):
     engines = machine.engines(source, tmp_path / "engines")
     with caplog.at_level(logging.INFO, "reelrt"):
@@ -305,6 +399,67 @@ def test_staged_holds_one_engine_at_a_time(machine, source, tmp_path):
         assert list(pipe._sessions._opened) == [stage]
     pipe.generate(PROMPTS, steps=3, seed=1)
     assert list(pipe._sessions._opened) == ["vae_decoder"]
+
+
+WEIGHTS = 1 << 20
+
+
+@pytest.fixture
+def streamable(any_machine, source, tmp_path):
+    """A step whose weights can stay with the host; all of the engines need more than there is."""
+    engines = any_machine.engines(source, tmp_path / "engines", streamable=WEIGHTS)
+    staged = plan_memory(engines, "staged")
+    any_machine.driver.total = any_machine.driver.used + staged.total - WEIGHTS // 2
+    return engines
+
+
+def test_weights_are_streamed_where_nothing_else_fits(streamable, any_machine, cpu, caplog):
+    pipe = reelrt.load(streamable.folder)
+    plan = pipe._sessions.memory().plan
+    assert plan.residency == "streamed"
+    assert 0 < plan.budget < WEIGHTS and plan.streams == WEIGHTS - plan.budget
+    assert "of the step's weights streamed" in str(plan)
+    assert [r.levelname for r in caplog.records if "without CUDA graphs" in r.message] == ["WARNING"]
+    for options in ({"steps": 4, "solver": "two"}, {"steps": 2, "frames": 3, "size": (32, 64)}):
+        same(pipe.generate(PROMPTS, seed=3, **options), cpu.generate(PROMPTS, seed=3, **options))
+    assert any_machine.driver.calls["cuGraphLaunch"] == any_machine.driver.calls["cuStreamBeginCapture"] == 0
+    assert list(pipe._sessions._opened) == ["vae_decoder"]  # one at a time
+    assert pipe._sessions.memory().peak <= plan.total <= any_machine.driver.total
+    (session,) = pipe._sessions._steps
+    assert session.graphs_off == "weights are streamed"
+    del pipe, session
+    gc.collect()
+    assert any_machine.driver.leaks() == {}
+
+
+def test_what_fits_is_not_streamed(machine, source, cpu, tmp_path):
+    engines = machine.engines(source, tmp_path / "engines", streamable=WEIGHTS)
+    assert reelrt.load(engines.folder)._sessions.memory().plan.residency == "all"
+    pipe = reelrt.load(engines.folder, residency="streamed")
+    assert pipe._sessions.memory().plan.streams == 0
+    same([pipe.generate("red", steps=3, seed=1)], [cpu.generate("red", steps=3, seed=1)])
+    assert machine.driver.calls["cuGraphLaunch"] > 0  # nothing is streamed, so it is captured
+
+
+def test_streaming_is_refused_with_the_reason(machine, source, tmp_path, monkeypatch):
+    plain = machine.engines(source, tmp_path / "plain")
+    with pytest.raises(InputError, match="was not built for weight streaming.*--weight-streaming"):
+        reelrt.load(plain.folder, residency="streamed")
+    engines = machine.engines(source, tmp_path / "engines", streamable=WEIGHTS)
+    pipe = reelrt.load(engines.folder, residency="streamed")
+    monkeypatch.setattr(machine.module.ICudaEngine, "streamable_weights_size", 0)
+    with pytest.raises(
+        BackendError, match=r"cannot stream the weights of .*step\.engine.*--weight-streaming"
+    ):
+        pipe.generate("red", steps=1)
+    pipe._sessions._library.features = frozenset({"runtime_config"})
+    with pytest.raises(BackendError, match="this version of TensorRT-RTX streams no weights.*'staged'"):
+        pipe.generate("red", steps=1)
+    machine.driver.total = 1000
+    with pytest.raises(DeviceMemoryError, match=r"needs .*weights streamed\) and .* are free"):
+        reelrt.load(engines.folder)
+    with pytest.raises(DeviceMemoryError, match="--weight-streaming or"):
+        reelrt.load(plain.folder)
 
 
 def test_memory_is_what_was_planned(machine, source, tmp_path):
