@@ -119,7 +119,7 @@ def test_without_the_extra_the_commands_say_what_to_install(command: str) -> Non
     code = f"""
         sys.meta_path[0].find_spec = refuse = lambda name, path=None, target=None: (
             (_ for _ in ()).throw(ModuleNotFoundError(f"No module named {{name!r}}", name=name))
-            if name in ("pydantic", "pydantic_settings", "httpx", "fastapi", "uvicorn") else None
+            if name in ("pydantic_settings", "httpx", "fastapi", "uvicorn") else None
         )
         sys.argv = ["reelrt", *{command.split()!r}]
         from reelrt.__main__ import main
