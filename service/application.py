@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reelrt import __version__
 from reelrt.errors import ReelError
-from reelrt.service import answers, assets, documents, http
+from reelrt.service import answers, assets, documents, http, probes
 from reelrt.service.config import Settings
 from reelrt.service.guards import Bodies, Keys, SameSite, SecurityHeaders, is_loopback
 from reelrt.service.jobservice import VideoService
@@ -36,6 +36,7 @@ class Application:
         answer_in_this_form(app)
         app.add_exception_handler(ReelError, _answer)
         app.include_router(http.router)
+        app.include_router(probes.router)
         app.include_router(assets.page_routes())
         documents.describe(app, bool(settings.keys))
         guarded: ASGIApp = Bodies(app, settings.most_body, settings.body_seconds)

@@ -1,4 +1,4 @@
-"""The HTTP door: OpenAI's video routes, server-sent events, models, health and metrics.
+"""The HTTP door: OpenAI's video routes and server-sent events.
 
 Whatever waits for a disk runs in threads. Knows nothing of engines: `VideoService` does the work.
 """
@@ -9,18 +9,18 @@ import asyncio
 import json
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Request
+from fastapi import APIRouter, Header, HTTPException, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
-from reelrt import __version__
 from reelrt.service import answers, bodies, schemas, sse
 from reelrt.service.documents import body_of, errors_of
 from reelrt.service.files import RangeFile
 from reelrt.service.jobs import PICTURE_TYPE, VIDEO_TYPES, Job, Variant
 from reelrt.service.jobservice import VideoService
-from reelrt.service.metrics import CONTENT_TYPE, Metrics
+from reelrt.service.metrics import Metrics
 from reelrt.service.refusals import Refusal
+from reelrt.service.routing import Owner, Service, json_of
 
 DISCONNECT_SECONDS = 1.0
 """How often a waiting `/v1/videos/sync` looks whether its client is still there."""
@@ -40,17 +40,6 @@ EVENT: dict[str, Any] = {
 router = APIRouter()
 
 
-def _service(request: Request) -> VideoService:
-    service: VideoService = request.app.state.service
-    return service
-
-
-def _owner(request: Request) -> str:
-    return str(request.state.owner)
-
-
-Service = Annotated[VideoService, Depends(_service)]
-Owner = Annotated[str, Depends(_owner)]
 VideoId = Annotated[str, Path(description="A video's id.", json_schema_extra={"pattern": schemas.VIDEO_ID})]
 IdempotencyKey = Annotated[
     str | None,
@@ -76,7 +65,7 @@ async def create(
     """Accept a job; once this is answered, it survives whatever happens to the service."""
     asked = await bodies.read(request, schemas.CreateVideo)
     job = await run_in_threadpool(service.submit, asked.request(), owner, idempotency_key)
-    return _json(answers.video(job))
+    return json_of(answers.video(job))
 
 
 @router.post(
@@ -139,7 +128,7 @@ async def list_videos(
         jobs, more = service.list(owner, after=after, limit=limit, order=order)
         return answers.page_of(jobs, more)
 
-    return _json(await run_in_threadpool(page))
+    return json_of(await run_in_threadpool(page))
 
 
 @router.get(
@@ -147,7 +136,7 @@ async def list_videos(
 )
 async def get(video_id: VideoId, service: Service, owner: Owner) -> JSONResponse:
     """A job as it is now."""
-    return _json(answers.video(await run_in_threadpool(service.get, video_id, owner)))
+    return json_of(answers.video(await run_in_threadpool(service.get, video_id, owner)))
 
 
 @router.delete(
@@ -159,7 +148,7 @@ async def get(video_id: VideoId, service: Service, owner: Owner) -> JSONResponse
 async def delete(video_id: VideoId, service: Service, owner: Owner) -> JSONResponse:
     """Stop a job, which leaves the batch before the next step, and remove it with its files."""
     await run_in_threadpool(service.delete, video_id, owner)
-    return _json(schemas.DeletedVideo(id=video_id))
+    return json_of(schemas.DeletedVideo(id=video_id))
 
 
 @router.post(
@@ -182,7 +171,7 @@ async def remix(
     def submit() -> Job:
         return service.submit(asked.request(service.get(video_id, owner)), owner, idempotency_key)
 
-    return _json(answers.video(await run_in_threadpool(submit)))
+    return json_of(answers.video(await run_in_threadpool(submit)))
 
 
 @router.get(
@@ -251,48 +240,6 @@ async def events(
         streams.remove(waker)
         raise
     return sse.EventStream(sse.events(subscription, waker, streams))
-
-
-@router.get("/v1/models", response_model=schemas.ModelList, summary="The models that are served")
-async def models(request: Request, service: Service) -> JSONResponse:
-    """The models, and what each takes; the first is the default."""
-    points = request.app.state.settings.remix_points
-    found = await run_in_threadpool(service.models)
-    return _json(schemas.ModelList(data=[answers.model(info, points) for info in found]))
-
-
-@router.get("/health", response_model=schemas.Health, responses=errors_of(503), summary="Whether it lives")
-async def health(service: Service) -> JSONResponse:
-    """200 while every engine's thread runs: what a supervisor restarts for."""
-    found = await run_in_threadpool(service.health)
-    if not found.alive:
-        raise Refusal(503, f"An engine has stopped: {found.reason}")
-    return _json(schemas.Health(version=__version__))
-
-
-@router.get("/ready", response_model=schemas.Ready, responses=errors_of(503), summary="Whether it takes jobs")
-async def ready(request: Request, service: Service) -> JSONResponse:
-    """200 while jobs are taken: what a balancer asks."""
-    found = await run_in_threadpool(service.health)
-    if not found.ready or request.app.state.streams.stopping:
-        raise Refusal(503, found.reason or "The service is stopping.", headers={"Retry-After": "5"})
-    return _json(schemas.Ready())
-
-
-@router.get(
-    "/metrics",
-    response_class=Response,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-    summary="Figures for Prometheus",
-)
-async def metrics(request: Request) -> Response:
-    """Queue, batches, times, memory, caches, rejections."""
-    registry: Metrics = request.app.state.metrics
-    return Response(await run_in_threadpool(registry.text), headers={"Content-Type": CONTENT_TYPE})
-
-
-def _json(answer: Any) -> JSONResponse:
-    return JSONResponse(answer.model_dump(mode="json"), headers={"Cache-Control": "no-store"})
 
 
 async def _file(

@@ -12,6 +12,7 @@ pytest.importorskip("pydantic_settings", reason="the service extra is not instal
 
 from reelrt.service.config import read_settings, shown
 from reelrt.service.guards import is_loopback, is_open, owner_of
+from tests.unit.test_house import run_bare
 
 KEY = "a-key-that-is-long-enough"
 
@@ -111,3 +112,18 @@ def test_owners_do_not_tell_keys() -> None:
 @pytest.mark.parametrize("path", ["/v1/videos", "/metrics", "/pagex", "/v1/videos/page/", "/health/"])
 def test_only_the_page_and_the_probes_are_open(path: str) -> None:
     assert not is_open(path)
+
+
+@pytest.mark.parametrize("command", ["serve engines", "list"])
+def test_without_the_extra_the_commands_say_what_to_install(command: str) -> None:
+    code = f"""
+        sys.meta_path[0].find_spec = refuse = lambda name, path=None, target=None: (
+            (_ for _ in ()).throw(ModuleNotFoundError(f"No module named {{name!r}}", name=name))
+            if name in ("pydantic_settings", "httpx", "fastapi", "uvicorn") else None
+        )
+        sys.argv = ["reelrt", *{command.split()!r}]
+        from reelrt.__main__ import main
+        main()
+    """
+    result = run_bare(code)
+    assert (result.returncode, "pip install 'reelrt[service]'" in result.stderr) == (6, True), result.stderr
