@@ -33,6 +33,10 @@ CALIBRATED := $(filter int8,$(PRECISION))
 SERVED := $(filter serve,$(MAKECMDGOALS))
 RUN_EXTRAS := export$(if $(SERVED),$(comma)service)$(if $(DEVICE_EXTRA),$(comma)$(DEVICE_EXTRA))$(if $(CALIBRATED),$(comma)calibration)
 TEST_EXTRAS := export,rtx,calibration,service,dev
+# Unit tests of what a device needs: they import no exporter.
+RUNTIME_TESTS := tests/unit/test_bundle_files.py tests/unit/test_bundle_manifest.py tests/unit/test_bundle_schedule.py \
+	tests/unit/test_runtime_loop.py tests/unit/test_runtime_noise.py tests/unit/test_saving.py tests/unit/test_video.py \
+	tests/unit/test_service.py tests/unit/test_engines_builder.py
 # Processes that run tests beside each other; most tests keep one core busy.
 WORKERS ?= 2
 
@@ -68,11 +72,16 @@ test: lint ## Check the style and run every test that needs no GPU
 
 .PHONY: test-oldest
 test-oldest: $(TEST_READY) ## Run the unit tests with the oldest dependencies that pyproject.toml allows
-	@$(BIN)/python -m tests.oldest $(subst $(comma), ,$(TEST_EXTRAS)) > "$(VENV)/oldest.txt"
+	@$(BIN)/python -m tests.oldest > "$(VENV)/oldest-runtime.txt"
+	@$(BIN)/python -m tests.oldest $(subst $(comma), ,$(TEST_EXTRAS)) > "$(VENV)/oldest-tools.txt"
 	@"$(PYTHON)" -m venv --clear "$(VENV)-oldest"
-	@"$(VENV)-oldest/bin/python" -m pip install --quiet --editable '.[$(TEST_EXTRAS)]' --constraint "$(VENV)/oldest.txt"
+	@"$(VENV)-oldest/bin/python" -m pip install --quiet --editable '.[$(TEST_EXTRAS)]' --constraint "$(VENV)/oldest-tools.txt"
 	@"$(VENV)-oldest/bin/python" -m pip install --quiet --no-deps 'tensorrt-stubs==10.13.*'
 	"$(VENV)-oldest/bin/python" -m pytest -n $(WORKERS) --dist loadfile tests/unit
+	@"$(PYTHON)" -m venv --clear "$(VENV)-oldest"
+	@"$(VENV)-oldest/bin/python" -m pip install --quiet --editable . --constraint "$(VENV)/oldest-runtime.txt" \
+		pytest pytest-timeout pytest-xdist onnx onnx-ir psutil
+	"$(VENV)-oldest/bin/python" -m pytest -n $(WORKERS) --dist loadfile $(RUNTIME_TESTS)
 
 .PHONY: test-gpu
 test-gpu: $(TEST_READY) ## Run the tests that need an NVIDIA GPU
