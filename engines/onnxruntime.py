@@ -7,6 +7,8 @@ its weights stand beside it. Knows nothing of profiles: ONNX Runtime takes any s
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from pathlib import Path
 
@@ -96,7 +98,24 @@ def _optimise(graph: Path, output: Path, name: str) -> int:
     except Exception as error:  # its exceptions share no base class
         _probe(output, data)
         raise BackendError(f"ONNX Runtime cannot optimise {name}: {_sentence(error)}") from error
-    return data.stat().st_size if data.exists() else output.stat().st_size
+    return _external_bytes(output, data) or output.stat().st_size
+
+
+def _external_bytes(graph: Path, data: Path) -> int:
+    """Bytes of a graph's weights that stand beside it.
+
+    Raises:
+        OSError: They are not all there; older versions of ONNX Runtime say nothing when the disk is full.
+    """
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    tensors = onnx.load(graph, load_external_data=False).graph.initializer
+    places = [ExternalDataInfo(tensor) for tensor in tensors if uses_external_data(tensor)]
+    end = max(((place.offset or 0) + (place.length or 0) for place in places), default=0)
+    if end > (data.stat().st_size if data.exists() else 0):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(data))
+    return end
 
 
 def _probe(*files: Path) -> None:
