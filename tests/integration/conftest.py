@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import reelrt
 from reelrt.engines.builder import build_engines
@@ -15,29 +17,44 @@ from tests.commands import reelrt as run_reelrt
 from tests.models import MODELS, tiny_model
 
 SHIPPED = Path(__file__).parents[2] / "models" / "moving-shapes"
-SIZES = {"small": (16, 64, 64), "odd": (12, 56, 40), SHIPPED.name: (16, 64, 64)}
-"""Model to its largest video: frames, width, height."""
+SIZES: dict[str, tuple[int | None, tuple[int, int] | None]] = {
+    "tiny": (None, None),
+    "small": (16, (64, 64)),
+    "odd": (12, (56, 40)),
+    SHIPPED.name: (16, (64, 64)),
+}
+"""Model to its largest video, frames and (width, height); None is the model's own."""
 
 Made = Callable[[str], tuple[Path, Path]]
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A model's name to its diffusers folder and its engine set, made when first asked for."""
-    folders: dict[str, tuple[Path, Path]] = {}
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this test run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def made(shared: Path) -> Made:
+    """A model's name to its diffusers folder and its engine set, made when first asked for.
+
+    They are for reading only: each is made once, by whichever process comes first.
+    """
 
     def make(name: str) -> tuple[Path, Path]:
-        if name not in folders:
-            root = tmp_path_factory.mktemp(name)
-            source = SHIPPED if name == SHIPPED.name else MODELS[name](root / "model")
-            if not (source / "model_index.json").exists():
-                pytest.skip(f"{source} holds no model yet")
-            export_bundle(source, root / "bundle")
-            frames, width, height = SIZES[name]
-            size = (width, height)
-            build_engines(root / "bundle", root / "engines", backend="onnxruntime", size=size, frames=frames)
-            folders[name] = source, root / "engines"
-        return folders[name]
+        root = shared / f"made-{name}"
+        source = SHIPPED if name == SHIPPED.name else root / "model"
+        with FileLock(shared / f"made-{name}.lock"):
+            if not (root / "engines").exists():
+                root.mkdir(exist_ok=True)
+                if source != SHIPPED:
+                    MODELS[name](source)
+                export_bundle(source, root / "bundle")
+                frames, size = SIZES[name]
+                engines = root / "engines"
+                build_engines(root / "bundle", engines, backend="onnxruntime", size=size, frames=frames)
+        return source, root / "engines"
 
     return make
 
@@ -71,9 +88,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The engine set of `tests.models.tiny_model`, made in this process."""
-    root = tmp_path_factory.mktemp("tiny")
-    tiny_model(root / "model")
-    export_bundle(root / "model", root / "bundle")
-    return build_engines(root / "bundle", root / "engines", backend="onnxruntime").folder
+def tiny_engines(made: Made) -> Path:
+    """The engine set of `tests.models.tiny_model`."""
+    return made("tiny")[1]
