@@ -136,7 +136,7 @@ def test_engines_that_run_here_and_no_engines_at_all(monkeypatch, tmp_path):
     strange = engine_set(tmp_path / "strange", backend="teapot")
     assert checks(monkeypatch, strange)[str(strange)].status == "missing"
     none = checks(monkeypatch, tmp_path / "none")[str(tmp_path / "none")]
-    assert none.status == "missing" and "manifest.json" in none.detail and none.remedy
+    assert none.status == "missing" and "there is no folder" in none.detail and none.remedy
 
 
 def test_a_machine_is_described_without_a_gpu_fault_by_default():

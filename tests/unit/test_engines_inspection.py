@@ -74,13 +74,17 @@ def test_the_doctor_finds_what_runs_this_test(tmp_path):
 
 
 def test_the_doctor_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr("reelrt.engines.doctor.installed", lambda module: module == "onnxruntime")
+    there = ("onnxruntime", "onnx", "onnx_ir")
+    monkeypatch.setattr("reelrt.engines.doctor.installed", lambda module: module in there)
     checks = {check.name: check for check in examine()}
     assert checks["Can export"].status == "missing"
     assert "reelrt[export]" in checks["Can export"].remedy
     assert checks["tensorrt_rtx"].remedy == "Install it: pip install 'reelrt[rtx]'."
     assert checks["Can build"].detail == "onnxruntime engines for this CPU"
     assert checks["PyAV"].status == "missing"
+    monkeypatch.setattr("reelrt.engines.doctor.installed", lambda module: module == "onnxruntime")
+    (build,) = (check for check in examine() if check.name == "Can build")
+    assert (build.status, build.remedy) == ("missing", "Install it: pip install onnxruntime onnx onnx-ir.")
 
 
 def test_the_doctor_imports_nothing_heavy():
