@@ -356,15 +356,16 @@ def _prepare(folder: Path, settings: Settings, bundle: Bundle) -> None:
         settings.size,
         settings.frames,
     )
+    there = next(each for each in (folder, *folder.resolve().parents) if each.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(there).free
         if found is None and free < needed:
             raise InputError(
                 f"the trajectories need {needed / 2**20:,.0f} MiB; "
                 f"{folder} has {free / 2**20:,.0f} MiB free.",
                 "Give fewer prompts or samples, or another folder with --work.",
             )
+        folder.mkdir(parents=True, exist_ok=True)
         if found is None:
             with atomic_files([folder / DOCUMENT]) as (path,):
                 path.write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")

@@ -91,6 +91,10 @@ def command(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
                 return function(*args, **options)
             except typer.Exit:  # with a code of the command's own
                 raise
+            except SystemExit as error:
+                if not stopped_code():
+                    raise
+                _fail(error, as_json, debug)  # SIGTERM; what `--json` prints is a document then, too
             except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the last resort)
                 if debug:
                     traceback.print_exc()
@@ -142,7 +146,8 @@ def _fail(error: BaseException, as_json: bool, debug: bool) -> NoReturn:
         kind = type(error).__name__
         with suppress(OSError):  # standard output may be what failed
             show({"error": {"type": kind, "message": message, "remedy": remedy, "exit_code": code}}, as_json)
-    errors.print(f"[bold red]Error:[/] {escape(f'{message} {remedy}'.strip())}")
+    with suppress(OSError):  # the terminal may have been closed
+        errors.print(f"[bold red]Error:[/] {escape(f'{message} {remedy}'.strip())}")
     sys.exit(code)
 
 

@@ -96,3 +96,12 @@ def test_a_damaged_sweep_is_named(tmp_path: Path, text: str) -> None:
     recorded: object = type("Recorded", (), {"settings": settings, "__len__": lambda _: 1})()
     with pytest.raises(IntegrityError, match=r"sweep\.json cannot be read"):
         sweep(SimpleNamespace(sha256=""), recorded, None, [], tmp_path / "sweep.json", method="max")  # type: ignore[arg-type]
+
+
+def test_too_small_a_disk_is_told_before_a_folder_is_made(place: Path, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    words = ("calibrate", "bundle", "-o", "out", "--precision", "int8", "--prompts", "eight.txt", "--json")
+    error = json.loads(runner.invoke(app, [*words, "--steps", "2"]).stdout)["error"]
+    assert "out.work has 0 MiB free" in error["message"]
+    assert not (place / "out.work").exists()
