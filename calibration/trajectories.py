@@ -257,8 +257,7 @@ def record(
                     frames=frames,
                 )
             ids = np.stack([tokenizer(text).ids for text in ("", prompts[number])])
-            with atomic_files([_path(folder, number)]) as (path,):
-                path.write_bytes(_packed(feeds, ids, recorder.started, latents))
+            _write(_path(folder, number), _packed(feeds, ids, recorder.started, latents))
             progress("trajectories", done, len(prompts))
     return Trajectories(folder, settings)
 
@@ -394,6 +393,14 @@ def _read_settings(folder: Path) -> Settings | None:
 
 def _path(folder: Path, number: int) -> Path:
     return folder / f"prompt-{number:04d}.safetensors"
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        with atomic_files([path]) as (partial,):
+            partial.write_bytes(data)
+    except OSError as error:  # a full disk does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _packed(

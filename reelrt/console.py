@@ -158,12 +158,12 @@ def _describe(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, ReelError):
         system = error.exit_code == INPUT_CODE and isinstance(error.__cause__, OSError)
         return error.message, error.remedy, SYSTEM_CODE if system else error.exit_code
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # a copy names both
     # safetensors and ONNX Runtime report a full disk as errors of their own.
     if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
-        name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # a copy names both
         return f"the disk is full{f' (writing {name})' if name else ''}.", "Free some space.", SYSTEM_CODE
     if isinstance(error, OSError) and error.strerror:
-        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}.", "", SYSTEM_CODE
+        return f"{f'{name}: ' if name else ''}{error.strerror}.", "", SYSTEM_CODE
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}.", "", 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from reelrt.calibration.pairs import from_file
 from reelrt.calibration.prompt_sets import MOST_CHARACTERS, read_prompts
 from reelrt.calibration.sensitivity import sweep
-from reelrt.calibration.trajectories import Trajectories
+from reelrt.calibration.trajectories import Trajectories, _write
 from reelrt.cli import app
 from reelrt.errors import InputError, IntegrityError
 from tests.commands import tree
@@ -105,3 +106,15 @@ def test_too_small_a_disk_is_told_before_a_folder_is_made(place: Path, monkeypat
     error = json.loads(runner.invoke(app, [*words, "--steps", "2"]).stdout)["error"]
     assert "out.work has 0 MiB free" in error["message"]
     assert not (place / "out.work").exists()
+
+
+def test_a_disk_that_fills_up_while_recording_is_named(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as failed:
+            _write(tmp_path / "prompt", bytes(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert failed.value.filename == str(tmp_path / "prompt")
+    assert list(tmp_path.iterdir()) == []

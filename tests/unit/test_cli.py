@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import re
 import signal
 import warnings
@@ -234,3 +235,8 @@ def test_sigterm_leaves_a_document_too(capsys: pytest.CaptureFixture[str], monke
 
 def test_another_end_of_the_process_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert end(SystemExit(3), capsys, as_json=True) == (3, "", "")
+
+
+def test_a_copy_that_fails_names_the_file_that_could_not_be_written(capsys) -> None:
+    error = OSError(errno.EFBIG, os.strerror(errno.EFBIG), "from", None, "to")
+    assert end(error, capsys)[2] == "Error: to: File too large.\n"
