@@ -302,7 +302,7 @@ def kind_of(folder: Path) -> str:
     """`bundle` or `engines`, as a folder's manifest says; "" where it says nothing, its loader will."""
     try:
         return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["kind"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 
@@ -338,7 +338,7 @@ def _complete(folder: Path) -> Iterator[None]:
     """Name the manifest that lacks an entry or holds one of another kind."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         fault = f"{type(error).__name__}: {error}"
         message = f"{folder / MANIFEST} is incomplete or damaged ({fault})."
         raise IntegrityError(message, "Build this folder again.") from error

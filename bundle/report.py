@@ -24,6 +24,8 @@ REFERENCE = "fp32"
 """The precision that the targets are against."""
 PROMPTS = 200
 """How many prompts the targets are stated for."""
+STEPS = (25, 10)
+"""And for how many denoising steps."""
 LEAST_PROMPTS = 16
 """Over fewer, a report is no ground to build on."""
 REFUSED = "--no-adherence"
@@ -175,7 +177,15 @@ class Report:
         """
         try:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (
+            OSError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             fault = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             raise IntegrityError(
                 f"{path} is no quality report that can be read ({fault}).",
@@ -199,6 +209,11 @@ class Report:
     def passed(self) -> bool | None:
         """Whether every target is reached; None when there is none for this comparison."""
         return not self.missed if self.checks else None
+
+    @property
+    def steps_left_out(self) -> tuple[int, ...]:
+        """The numbers of steps that the targets are stated for and nothing was measured at."""
+        return tuple(steps for steps in STEPS if steps not in {each.steps for each in self.figures})
 
     def belongs_to(self, bundle: Bundle) -> bool:
         """Whether it was measured on this very bundle."""

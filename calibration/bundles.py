@@ -25,7 +25,14 @@ from reelrt.calibration import qdq
 from reelrt.calibration.audit import ERROR
 from reelrt.calibration.fp16 import audit, check_error, heeding
 from reelrt.calibration.int8 import MODELOPT_BYTES, check_installed, prepare
-from reelrt.calibration.layers import Layer, find_layers, kept_by_default, matching, unfused
+from reelrt.calibration.layers import (
+    Layer,
+    check_patterns,
+    find_layers,
+    kept_by_default,
+    matching,
+    unfused,
+)
 from reelrt.calibration.ranges import Method
 from reelrt.calibration.recorder import open_graph
 from reelrt.calibration.sensitivity import (
@@ -107,21 +114,22 @@ def calibrate_int8(
             `audit <stage>`.
 
     Raises:
-        InputError: Not an FP32 bundle, too few samples, an impossible budget, or trajectories of
-            another bundle.
+        InputError: Not an FP32 bundle, too few samples, an impossible budget, a pattern that fits no
+            layer, or trajectories of another bundle.
         CalibrationError: ModelOpt cannot quantise the graph.
         BackendError: ModelOpt is not installed.
     """
     import onnx
 
-    _check(bundle, trajectories, output)
+    check_source(bundle, output)
+    trajectories.check(bundle)
+    check_ranges(bundle, len(trajectories), keep)
     if budget is not None:
         check_budget(budget)
     if smooth is not None:
         check_alpha(smooth)
     if fp16_error is not None:
         check_error(fp16_error)
-    check_installed()
     stage = bundle.stages["step"]
     source = bundle.folder / stage.file
     layers = find_layers(onnx.load(source, load_external_data=False).graph)
@@ -253,7 +261,9 @@ def calibrate_weights(
     Raises:
         InputError: Not an FP32 bundle, or trajectories of another one.
     """
-    _check(bundle, trajectories, output)
+    check_source(bundle, output)
+    if trajectories is not None:
+        trajectories.check(bundle)
     stage = bundle.stages["step"]
     with atomic_folder(output, Bundle.kind) as folder:
         _copy(bundle, folder, without=_files(bundle, stage))
@@ -295,7 +305,12 @@ def _audited(
     }
 
 
-def _check(bundle: Bundle, trajectories: Trajectories | None, output: Path) -> None:
+def check_source(bundle: Bundle, output: Path) -> None:
+    """Refuse, before anything is recorded, a bundle that cannot be calibrated to a place.
+
+    Raises:
+        InputError: Not FP32, or the output is the bundle itself.
+    """
     for name, stage in bundle.stages.items():
         if stage.precision != "fp32":
             raise InputError(
@@ -304,14 +319,39 @@ def _check(bundle: Bundle, trajectories: Trajectories | None, output: Path) -> N
             )
     if output.resolve() == bundle.folder.resolve():
         raise InputError(f"{output} is the bundle itself.", "Name another folder to write to.")
-    if trajectories is None:
-        return
-    trajectories.check(bundle)
-    if len(trajectories) < MIN_SAMPLES:
+
+
+def check_ranges(bundle: Bundle, samples: int, keep: Sequence[str]) -> None:
+    """Refuse, before anything is recorded, what INT8 ranges cannot be found for.
+
+    Args:
+        bundle: The FP32 bundle.
+        samples: How many there are, or will be.
+        keep: Regular expressions of layers that stay FP32.
+
+    Raises:
+        InputError: Too few samples, or a pattern that fits no layer.
+        BackendError: ModelOpt is not installed.
+    """
+    import onnx
+
+    if samples < MIN_SAMPLES:
         raise InputError(
-            f"{len(trajectories)} samples are too few to find ranges with; {MIN_SAMPLES} are the least.",
+            f"{samples} samples are too few to find ranges with; {MIN_SAMPLES} are the least.",
             "Give more prompts, or a larger --samples.",
         )
+    check_installed()
+    check_patterns(keep)
+    if not keep:
+        return
+    graph = onnx.load(bundle.folder / bundle.stages["step"].file, load_external_data=False).graph
+    layers = find_layers(graph)
+    for pattern in keep:
+        if not matching(layers, [pattern]):
+            raise InputError(
+                f"keep {pattern!r} fits none of the {len(layers)} layers of {bundle.folder}.",
+                f"They are called {layers[0].name} and {layers[-1].name}, say.",
+            )
 
 
 def _reasons(

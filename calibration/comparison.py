@@ -217,6 +217,9 @@ def _notes(report: Report, candidate: Side) -> list[str]:
         )
     if report.prompts < PROMPTS:
         notes.append(f"The targets are stated for {PROMPTS} prompts; this is {report.prompts}.")
+    if left_out := report.steps_left_out:
+        which = " and ".join(map(str, left_out))
+        notes.append(f"The targets are stated for {which} steps as well; nothing was measured there.")
     if not report.figures[0].adherence:
         notes.append("Adherence was not measured, so nothing was tested of it.")
     return notes

@@ -66,14 +66,7 @@ def calibrate_fp16(
         BackendError: ONNX Runtime cannot run a graph.
     """
     check_error(error)
-    if output.resolve() == bundle.folder.resolve():
-        raise InputError(f"{output} is the bundle itself.", "Name another folder to write to.")
-    for name, stage in bundle.stages.items():
-        if stage.precision == "fp16":
-            raise InputError(
-                f"{name} of {bundle.folder} has FP16 weights, and what they lost cannot be measured.",
-                "Export the model with `--precision fp32`.",
-            )
+    check_auditable(bundle, output)
     audits = audit(bundle.folder, bundle.stages, trajectories, error=error, progress=progress)
     with atomic_folder(output, Bundle.kind) as folder:
         for name in bundle.files:
@@ -82,6 +75,22 @@ def calibrate_fp16(
         stages = heeding(bundle, bundle.stages, audits, error, folder)
         Bundle(folder, bundle.pipeline, stages).save(__version__)
     return Bundle.load(output, check=False)
+
+
+def check_auditable(bundle: Bundle, output: Path) -> None:
+    """Refuse, before anything is recorded, a bundle that cannot be audited to a place.
+
+    Raises:
+        InputError: FP16 graphs, or the output is the bundle itself.
+    """
+    if output.resolve() == bundle.folder.resolve():
+        raise InputError(f"{output} is the bundle itself.", "Name another folder to write to.")
+    for name, stage in bundle.stages.items():
+        if stage.precision == "fp16":
+            raise InputError(
+                f"{name} of {bundle.folder} has FP16 weights, and what they lost cannot be measured.",
+                "Export the model with `--precision fp32`.",
+            )
 
 
 def check_error(error: float) -> None:

@@ -97,7 +97,7 @@ def from_file(path: Path, seed: int, most: int) -> list[Asked]:
         InputError: It cannot be read, holds no prompt, or too many.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         fault = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise InputError(

@@ -44,9 +44,11 @@ def read_prompts(path: Path) -> list[str]:
         InputError: It cannot be read, holds no prompt, or a line that is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors begin a file with a mark
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}.", "Give a text file with one prompt per line."
+        ) from error
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is no UTF-8 text (byte {error.start}).", "Save it as UTF-8, one prompt per line."
@@ -56,7 +58,10 @@ def read_prompts(path: Path) -> list[str]:
         raise InputError(f"{path} holds no prompt.", "Write one per line.")
     for prompt in prompts:
         if len(prompt) > MOST_CHARACTERS:
-            raise InputError(f"{path}: the prompt {prompt[:40]!r}... has {len(prompt):,} characters.")
+            raise InputError(
+                f"{path}: the prompt {prompt[:40]!r}... has {len(prompt):,} characters.",
+                f"Write at most {MOST_CHARACTERS:,}; models read less than that.",
+            )
     return prompts
 
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from reelrt.bundle.files import atomic_files
-from reelrt.bundle.manifest import Bundle, EngineSet, kind_of
-from reelrt.bundle.report import PROMPTS, QUALITY, REFERENCE, REFUSED, Report
+from reelrt.bundle.files import atomic_files, sha256
+from reelrt.bundle.manifest import MANIFEST, Bundle, EngineSet, kind_of
+from reelrt.bundle.report import PROMPTS, QUALITY, REFERENCE, REFUSED, STEPS, Report
 from reelrt.calibration import page, pairs, plots, sides
 from reelrt.calibration.adherence import MOST_PROMPTS, check_prompts
 from reelrt.calibration.comparison import Run, compare, summed_up
@@ -30,15 +30,13 @@ from reelrt.calibration.fidelity import LEAST_SIDE
 from reelrt.calibration.pairs import KEPT, Asked, Kept
 from reelrt.calibration.sheet import PAPER, Row, contact_sheet
 from reelrt.calibration.sides import Side
-from reelrt.errors import BackendError, InputError
+from reelrt.errors import BackendError, InputError, IntegrityError
 from reelrt.progress import Progress, silent
 from reelrt.runtime.noise import check_seed
 from reelrt.runtime.video import check_writable
 
 log = logging.getLogger("reelrt")
 
-STEPS = (25, 10)
-"""Denoising steps that are measured unless others are named."""
 SHAPES_MODEL = "moving-shapes"
 """A model whose name begins so is taken to show moving shapes, which the judge can read."""
 SHEET_PAIRS = 24
@@ -115,10 +113,14 @@ def evaluate_quality(
     if not counts:
         raise InputError("no number of steps was given.")
     asked = _requests(prompts, seed)
+    _check_output(output, reference, candidate)
     check_writable(output / "quality.png")
     ours, theirs = sides.read(reference), sides.read(candidate)
     attachable = kind_of(candidate) == Bundle.kind and sides.precision(ours) == REFERENCE
     attached = candidate / QUALITY if attach and attachable else None
+    if attached and _is_better(attached, len(asked)):
+        log.warning("%s is over more prompts and stays; remove it to put this report there", attached)
+        attached = None
     if attached:
         check_writable(attached.with_suffix(".png"))
     pipeline = ours.pipeline
@@ -186,6 +188,29 @@ def _compared(
     except KeyboardInterrupt:
         log.info("what was measured is kept in %s; the same command goes on from there", kept.folder)
         raise
+
+
+def _is_better(attached: Path, prompts: int) -> bool:
+    """Whether a bundle has a report of its own already that is over more prompts."""
+    try:
+        report = Report.load(attached)
+    except IntegrityError:
+        return False
+    return report.bundle == sha256(attached.with_name(MANIFEST)) and report.prompts > prompts
+
+
+def _check_output(output: Path, *compared: Path) -> None:
+    """Refuse to put pages and plots into a folder that is written as a whole.
+
+    Raises:
+        InputError: The message names the folder.
+    """
+    for folder in compared:
+        if output.resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"{output} lies in {folder}, which is compared, and holds nothing but its own files.",
+                "Name another folder with --output.",
+            )
 
 
 def _check_packages() -> None:

@@ -23,7 +23,7 @@ from reelrt.calibration.layers import Layer
 from reelrt.calibration.qdq import Quantised
 from reelrt.calibration.recorder import Recorder
 from reelrt.calibration.trajectories import Trajectories
-from reelrt.errors import InputError
+from reelrt.errors import InputError, IntegrityError
 from reelrt.progress import Progress, silent
 from reelrt.runtime.session import Float32
 
@@ -188,8 +188,13 @@ def _begun(file: Path, settings: Mapping[str, Any]) -> dict[str, float]:
     """What a stopped sweep had measured already."""
     if not file.exists():
         return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    errors: dict[str, float] = found.pop("errors")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        errors = {str(name): float(error) for name, error in found.pop("errors").items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IntegrityError(
+            f"{file} cannot be read: {error}.", "Remove it; what it held is measured again."
+        ) from error
     if found != json.loads(json.dumps(settings)):
         raise InputError(
             f"{file} holds the sensitivity of another calibration.",

@@ -27,7 +27,7 @@ from reelrt.bundle.schedule import first_passes
 from reelrt.calibration.recorder import Feed, Recorder
 from reelrt.errors import InputError, IntegrityError
 from reelrt.progress import Progress, silent
-from reelrt.runtime.noise import check_seed
+from reelrt.runtime.noise import MAX_SEED, check_seed
 from reelrt.runtime.request import Limits
 from reelrt.runtime.session import Array, Float32
 from reelrt.runtime.text import Tokenizer
@@ -257,8 +257,7 @@ def record(
                     frames=frames,
                 )
             ids = np.stack([tokenizer(text).ids for text in ("", prompts[number])])
-            with atomic_files([_path(folder, number)]) as (path,):
-                path.write_bytes(_packed(feeds, ids, recorder.started, latents))
+            _write(_path(folder, number), _packed(feeds, ids, recorder.started, latents))
             progress("trajectories", done, len(prompts))
     return Trajectories(folder, settings)
 
@@ -305,15 +304,28 @@ def estimate_bytes(
     width, height = size or (geometry.width, geometry.height)
     cells = (height // geometry.spatial_scale) * (width // geometry.spatial_scale)
     latents = 4 * geometry.latent_channels * (frames or geometry.frames) * cells
-    passes = 2 if pipeline.cfg == "split" and (guidance or pipeline.guidance) != 1 else 1
     sample = latents * geometry.state_rows + 4 * geometry.table_columns + 8
     text = 2 * geometry.tokens * (4 * geometry.text_width + 8)
-    return prompts * (samples_per_prompt * passes * sample + 2 * latents + text)
+    samples = count_samples(pipeline, prompts, samples_per_prompt, guidance)
+    return samples * sample + prompts * (2 * latents + text)
+
+
+def count_samples(
+    pipeline: Pipeline, prompts: int, samples_per_prompt: int, guidance: float | None = None
+) -> int:
+    """Samples that `record` will keep; arguments as `estimate_bytes`."""
+    guided = (pipeline.guidance if guidance is None else guidance) != 1
+    return prompts * samples_per_prompt * (2 if pipeline.cfg == "split" and guided else 1)
 
 
 def _check(settings: Settings, bundle: Bundle) -> None:
     check_seed(settings.seed)
-    Limits(as_engines(bundle)).latent_shape(settings.frames, settings.size)
+    if settings.seed + len(settings.prompts) - 1 > MAX_SEED:
+        raise InputError(
+            f"seed {settings.seed} is too large for {len(settings.prompts)} prompts: each takes the next one."
+        )
+    limits = Limits(as_engines(bundle))
+    limits.latent_shape(settings.frames, settings.size)
     if not settings.prompts:
         raise InputError("there are no prompts to record.", "Give a file with one prompt per line.")
     if settings.steps < 1:
@@ -323,6 +335,7 @@ def _check(settings: Settings, bundle: Bundle) -> None:
             f"{settings.samples_per_prompt} samples per prompt are not possible with {settings.steps} "
             f"steps: give 1 to {settings.steps}."
         )
+    limits.table(bundle.pipeline.solver, settings.steps, settings.guidance)
 
 
 def _prepare(folder: Path, settings: Settings, bundle: Bundle) -> None:
@@ -342,15 +355,16 @@ def _prepare(folder: Path, settings: Settings, bundle: Bundle) -> None:
         settings.size,
         settings.frames,
     )
+    there = next(each for each in (folder, *folder.resolve().parents) if each.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(there).free
         if found is None and free < needed:
             raise InputError(
                 f"the trajectories need {needed / 2**20:,.0f} MiB; "
                 f"{folder} has {free / 2**20:,.0f} MiB free.",
                 "Give fewer prompts or samples, or another folder with --work.",
             )
+        folder.mkdir(parents=True, exist_ok=True)
         if found is None:
             with atomic_files([folder / DOCUMENT]) as (path,):
                 path.write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
@@ -367,7 +381,11 @@ def _read_settings(folder: Path) -> Settings | None:
         return Settings(**{**data, **lists})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except NotADirectoryError as error:
+        raise InputError(
+            f"{folder} is a file, where a folder for trajectories shall be.", "Name another one with --work."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(
             f"{path} cannot be read: {error}.", f"Remove {folder} and run `reelrt calibrate` again."
         ) from error
@@ -375,6 +393,14 @@ def _read_settings(folder: Path) -> Settings | None:
 
 def _path(folder: Path, number: int) -> Path:
     return folder / f"prompt-{number:04d}.safetensors"
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        with atomic_files([path]) as (partial,):
+            partial.write_bytes(data)
+    except OSError as error:  # a full disk does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _packed(

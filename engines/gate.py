@@ -71,6 +71,12 @@ def check_quality(bundle: Bundle, gate: bool = True) -> Passed:
             report.prompts,
             PROMPTS,
         )
+    if left_out := report.steps_left_out:
+        log.warning(
+            "the quality of %s was not measured at %s steps, which the targets are stated for as well",
+            bundle.folder,
+            " and ".join(map(str, left_out)),
+        )
     if not all(each.adherence for each in report.figures):
         log.warning("adherence to the prompts was not measured for %s", bundle.folder)
     return Passed(report.summary(), attached=True)

@@ -92,7 +92,7 @@ def graph_cost(sized: SizedGraph, precision: str, stored: str) -> Cost:
     """
     model, spec, sizes, tensors = sized.model, sized.spec, sized.sizes, sized.tensors
     item = 4 if precision == "fp32" else 2
-    halved = stored == "fp32" and item == 2
+    halved = stored != "fp16" and item == 2  # what an INT8 bundle has beside INT8 is stored as FP32
 
     def size(name: str) -> int:
         copy = sized.kernels.copies.get(name)

@@ -186,6 +186,8 @@ class Planner:
         engine = self._engines.engines.get(name) if self._engines else None
         if engine is None or not engine.activation_bytes or video.cfg != self._bundle.pipeline.cfg:
             return None
+        if self._engines is not None and not _built_for(self._engines, self._target):
+            return None
         same = engine.precision == precision_of(name, video.precision) and all(
             engine.profile[axis].max == size for axis, size in sizes.items()
         )
@@ -273,12 +275,19 @@ def plan_of_engines(engines: EngineSet, target: Target) -> Plan:
     """The plan of built engines at the largest size they accept, from the builder's numbers alone.
 
     Raises:
-        InputError: Their builder tells no activations, or the target's memory is not known.
+        InputError: Their builder tells no activations, they run on another GPU than the target's, or the
+            target's memory is not known.
     """
     if not all(engine.activation_bytes for engine in engines.engines.values()):
         raise InputError(
             f"{engines.folder} holds {engines.backend} engines, whose builder tells no activations.",
             "Give the bundle they were built from instead.",
+        )
+    if not _built_for(engines, target):
+        raise InputError(
+            f"{engines.folder} was built for {engines.target}, compute capability "
+            f"{engines.compute_capability}, and does not run on {target.name} ({target.compute_capability}).",
+            "Give the bundle it was built from, or a target of the same compute capability.",
         )
     stages = {}
     for name, engine in engines.engines.items():
@@ -297,6 +306,11 @@ def plan_of_engines(engines: EngineSet, target: Target) -> Plan:
         decoder_frames=engines.engines["vae_decoder"].profile["frames"].max,
     )
     return _plan(video, target, stages)
+
+
+def _built_for(engines: EngineSet, target: Target) -> bool:
+    """Whether engines run on a target's GPU, so that their numbers say something of it."""
+    return engines.compute_capability == target.compute_capability
 
 
 def _plan(video: Video, target: Target, stages: Mapping[str, StageNeed]) -> Plan:

@@ -98,7 +98,7 @@ def calibrate(
     from reelrt.bundle.manifest import Bundle
     from reelrt.calibration.audit import ERROR
     from reelrt.calibration.prompt_sets import default_prompts, read_prompts, warn_if_alike
-    from reelrt.calibration.trajectories import estimate_bytes, record
+    from reelrt.calibration.trajectories import count_samples, estimate_bytes, record
 
     began = time.monotonic()
     given = {
@@ -113,8 +113,8 @@ def calibrate(
     wanted = parse_size(size)
     _check_values(budget, keep or [], smooth, error, audit)
     source = Bundle.load(bundle)
-    if output.resolve() == bundle.resolve():
-        raise InputError(f"{output} is the bundle itself.", "Name another folder to write to.")
+    folder = work or output.with_name(f"{output.name}.work")
+    _check_places(bundle, output, folder)
     check_replaceable(output, Bundle.kind)
     words = read_prompts(prompts) if prompts else default_prompts(source.pipeline.model.name)
     request = {
@@ -139,8 +139,10 @@ def calibrate(
             return
         report: Mapping[str, Any] = _read(output)
     else:
+        _check_start(
+            source, output, precision, count_samples(source.pipeline, len(words), samples), keep or []
+        )
         warn_if_alike(words)
-        folder = work or output.with_name(f"{output.name}.work")
         room = estimate_bytes(source.pipeline, len(words), samples, size=wanted, frames=frames)
         note(f"Prompts: {len(words)}; their trajectories take up to {room / 2**20:,.1f} MiB in {folder}")
         with progress_bars() as progress:
@@ -225,6 +227,44 @@ def _check_values(
         check_error(error)
         if audit is False:
             raise InputError("--error says what the audit allows, and --no-audit leaves it out.", "Give one.")
+
+
+def _check_places(bundle: Path, output: Path, work: Path) -> None:
+    """Refuse folders that would lie in one another.
+
+    Raises:
+        InputError: The message names both.
+    """
+    source, target, kept = (folder.resolve() for folder in (bundle, output, work))
+    if target == source:
+        raise InputError(f"{output} is the bundle itself.", "Name another folder to write to.")
+    for inner, outer, shown in (
+        (target, source, f"{output} lies in the bundle {bundle}"),
+        (kept, source, f"the folder for trajectories {work} lies in the bundle {bundle}"),
+        (kept, target, f"the folder for trajectories {work} lies in {output}, which is written as a whole"),
+    ):
+        if inner.is_relative_to(outer):
+            raise InputError(f"{shown}.", "Name a folder beside it.")
+
+
+def _check_start(
+    bundle: Bundle, output: Path, precision: Precision, samples: int, keep: Sequence[str]
+) -> None:
+    """Refuse, before anything is recorded, a bundle that cannot be calibrated so.
+
+    Raises:
+        InputError: The wrong weights, too few samples, a pattern that fits no layer.
+        BackendError: ModelOpt is not installed.
+    """
+    from reelrt.calibration.bundles import check_ranges, check_source
+    from reelrt.calibration.fp16 import check_auditable
+
+    if precision == "fp16":
+        check_auditable(bundle, output)
+        return
+    check_source(bundle, output)
+    if precision == "int8":
+        check_ranges(bundle, samples, keep)
 
 
 def _calibrate(

@@ -91,6 +91,10 @@ def command(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
                 return function(*args, **options)
             except typer.Exit:  # with a code of the command's own
                 raise
+            except SystemExit as error:
+                if not stopped_code():
+                    raise
+                _fail(error, as_json, debug)  # SIGTERM; what `--json` prints is a document then, too
             except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the last resort)
                 if debug:
                     traceback.print_exc()
@@ -142,7 +146,8 @@ def _fail(error: BaseException, as_json: bool, debug: bool) -> NoReturn:
         kind = type(error).__name__
         with suppress(OSError):  # standard output may be what failed
             show({"error": {"type": kind, "message": message, "remedy": remedy, "exit_code": code}}, as_json)
-    errors.print(f"[bold red]Error:[/] {escape(f'{message} {remedy}'.strip())}")
+    with suppress(OSError):  # the terminal may have been closed
+        errors.print(f"[bold red]Error:[/] {escape(f'{message} {remedy}'.strip())}")
     sys.exit(code)
 
 
@@ -153,12 +158,12 @@ def _describe(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, ReelError):
         system = error.exit_code == INPUT_CODE and isinstance(error.__cause__, OSError)
         return error.message, error.remedy, SYSTEM_CODE if system else error.exit_code
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # a copy names both
     # safetensors and ONNX Runtime report a full disk as errors of their own.
     if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
-        name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # a copy names both
         return f"the disk is full{f' (writing {name})' if name else ''}.", "Free some space.", SYSTEM_CODE
     if isinstance(error, OSError) and error.strerror:
-        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}.", "", SYSTEM_CODE
+        return f"{f'{name}: ' if name else ''}{error.strerror}.", "", SYSTEM_CODE
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}.", "", 1
 

@@ -59,6 +59,7 @@ def plan(
     """Say whether a video fits a device, what would make it fit, and the least time it can take there."""
     from reelrt.bundle.manifest import Bundle, EngineSet, check_either, kind_of
     from reelrt.engines.memory import Planner, Video, plan_of_engines
+    from reelrt.runtime.request import check_guidance
 
     wanted = parse_size(size)
     check_either(folder)
@@ -74,13 +75,16 @@ def plan(
         }
         _refuse([name for name, value in given.items() if value is not None])
         alone = EngineSet.load(folder, check=False)
-        _finish(_document(plan_of_engines(alone, _target(target or alone.target))), as_json)
+        _finish(
+            _document(plan_of_engines(alone, _target(alone.target if target is None else target))), as_json
+        )
         return
     source = Bundle.load(folder)
     built = EngineSet.load(engines, check=False) if engines else None
     if built is not None and built.bundle != source.sha256:
         raise InputError(f"{engines} was not built from {folder}.", "Give the bundle it was built from.")
-    aim = _target(target or (built.target if built else HOST))
+    default = built.target if built else HOST
+    aim = _target(default if target is None else target)
     geometry = source.pipeline.geometry
     width, height = wanted or (geometry.width, geometry.height)
     video = Video(
@@ -91,13 +95,15 @@ def plan(
         precision=precision or _precision(source, aim),
         cfg=source.pipeline.cfg,
     )
+    scale = source.pipeline.guidance if guidance is None else guidance
+    check_guidance(scale)
     schedule = source.schedules.get(source.pipeline.solver, STEPS if steps is None else steps)
     planner = Planner(source, aim, built)
     made = planner.plan(video)
     remedies = [] if made.fits["all"] else planner.remedies(video)
     document = _document(made, remedies)
     if aim.board:
-        launches = schedule.rows(source.pipeline.guidance if guidance is None else guidance, video.cfg)
+        launches = schedule.rows(scale, video.cfg)
         document["roofline"] = _roofline(made, aim.board, launches)
     if built is not None:
         document["builder"] = _compare(planner, built)
@@ -160,6 +166,8 @@ def _document(plan: Plan, remedies: Sequence[Remedy] = ()) -> dict[str, Any]:
     }
     if board is not None and board.shared:
         policies["streamed"]["what"] = "gains nothing here: CPU and GPU share the memory"
+    elif plan.stages["step"].cost is None:
+        policies["streamed"]["what"] = "not known without the bundle's graphs; counted as staged"
     return {
         "target": target.name,
         "board": board.title if board else target.description,

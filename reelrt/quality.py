@@ -60,8 +60,9 @@ def quality(
     debug: Debug = False,
 ) -> None:
     """Measure how close a candidate's videos are to a reference's, and write a report."""
+    from reelrt.bundle.report import STEPS
     from reelrt.calibration.pairs import KEPT
-    from reelrt.calibration.quality import STEPS, evaluate_quality
+    from reelrt.calibration.quality import evaluate_quality
 
     began = time.monotonic()
     with progress_bars() as progress:

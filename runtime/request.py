@@ -100,10 +100,7 @@ class Limits:
         """
         if not is_whole(steps):
             raise InputError(f"steps {steps!r} is not a whole number.")
-        if not _number(guidance) or not 0 <= guidance <= MAX_GUIDANCE:
-            raise InputError(
-                f"guidance {guidance!r} is not possible: give a number from 0 to {MAX_GUIDANCE}."
-            )
+        check_guidance(guidance)
         schedule = self.schedules.get(solver, steps)
         cfg, room = self.pipeline.cfg, self._step["rows"].max
         if schedule.rows(guidance, cfg) > room:
@@ -236,6 +233,16 @@ def _scaled(
     assert isinstance(sessions, GpuSessions)
     fetched: Float32 = sessions.fetch(start)
     return fetched * sigma
+
+
+def check_guidance(guidance: Any) -> None:
+    """Refuse an impossible guidance scale.
+
+    Raises:
+        InputError: It is no number that a schedule takes.
+    """
+    if not _number(guidance) or not 0 <= guidance <= MAX_GUIDANCE:
+        raise InputError(f"guidance {guidance!r} is not possible: give a number from 0 to {MAX_GUIDANCE}.")
 
 
 def _check_text(text: str) -> None:

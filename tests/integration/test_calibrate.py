@@ -389,7 +389,7 @@ def test_smoothing_is_used_only_where_it_pays(
         ("fp16", ("--keep", "conv"), "--keep is for --precision int8, not for fp16"),
         ("fp16", ("--no-audit",), "--audit is for --precision int8 or int8-weights, not for fp16"),
         ("int8", ("--error", 0.1, "--no-audit"), "--error says what the audit allows"),
-        ("int8", ("--size", "63x64"), "width 63 is not a multiple of 8"),
+        ("int8", ("--size", "63x64"), "width 63 is not a multiple of 2 pixels"),
         ("int8", ("--frames", 0), "frames 0"),
     ],
 )

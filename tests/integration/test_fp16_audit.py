@@ -284,9 +284,10 @@ def test_the_command_writes_the_audit_and_inspect_shows_what_engines_run_in(work
     assert found["stages"]["step"]["layers"]["convolution"]["fp32"]["count"] == 34
 
 
-def test_layers_beside_int8_are_audited_too(sick, trajectories, tmp_path):
+def test_layers_beside_int8_are_audited_too(sick, tmp_path):
     """The sick layers stay out of INT8, and an engine of the bundle would compute them in FP16."""
-    made = calibrate_int8(sick, trajectories, tmp_path / "int8", method="max", keep=[r"\.ff\."])
+    enough = record(sick.folder, PROMPTS, tmp_path / "work", steps=4, samples_per_prompt=4)
+    made = calibrate_int8(sick, enough, tmp_path / "int8", method="max", keep=[r"\.ff\."])
     kept = made.bundle.stages["step"].keep_fp32
     assert made.report["fp16_audit"]["kept_fp32"]["step"] == len(kept) > 0
     graph = onnx.load(str(made.bundle.folder / "step.onnx"), load_external_data=False).graph
@@ -298,12 +299,15 @@ def test_layers_beside_int8_are_audited_too(sick, trajectories, tmp_path):
 
 
 def test_emulated_fp16_shows_the_overflow_and_that_the_audit_ends_it(sick, audited, tmp_path):
-    options = {"prompts": 1, "steps": (1,), "adherence": False, "attach": False, "emulate_fp16": True}
+    # Without guidance, which would enlarge what the two passes differ by.
+    options = {"prompts": 1, "steps": (1,), "guidance": 1.0, "adherence": False, "attach": False}
+    options["emulate_fp16"] = True
     with pytest.raises(BackendError, match="numbers that are"):
         evaluate_quality(sick.folder, sick.folder, tmp_path / "sick", **options)
     found = evaluate_quality(sick.folder, audited.folder, tmp_path / "audited", **options).document
     assert found["candidate"]["precisions"] == dict.fromkeys(audited.stages, "fp16")
     assert found["passed"] is True
     (run,) = found["runs"]
-    assert 1e-6 < run["latent_error"]["last_step"]["worst"] < 1e-2
+    predicted = json.loads((audited.folder / REPORT).read_text())["stages"]["step"]["outputs"]["state_next"]
+    assert 0.1 < run["latent_error"]["last_step"]["worst"] / predicted["error"] < 2
     assert any("FP16 is emulated here" in note for note in found["notes"])

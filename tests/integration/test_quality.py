@@ -24,6 +24,7 @@ from reelrt.errors import BackendError, InputError, IntegrityError, QualityError
 from tests.commands import reelrt as run_reelrt
 from tests.commands import tree
 from tests.copies import copied, noise, with_manifest, with_precision, with_weights
+from tests.reports import report as made_report
 
 pytestmark = pytest.mark.timeout(600)  # the first test exports the model
 SAME = "<b>odd & bold"
@@ -49,14 +50,14 @@ def measured(folder: Path) -> dict[str, Any]:
     return found
 
 
-def without_seconds(report: dict[str, Any]) -> dict[str, Any]:
+def without_seconds(found: dict[str, Any]) -> dict[str, Any]:
     """A report but for what depends on the clock."""
-    for run in report["runs"]:
+    for run in found["runs"]:
         for name in ("speed", "denoise_seconds"):
             del run[name]
         for video in run["videos"]:
             del video["denoise_seconds"]
-    return report
+    return found
 
 
 def test_equal_bundles_are_equal_in_everything(place: Path, tmp_path: Path) -> None:
@@ -387,6 +388,30 @@ def test_damaged_files_are_named(place: Path, tmp_path: Path, file: str) -> None
     (damaged / file).write_bytes(b"cut off")
     with pytest.raises(IntegrityError, match=rf"{file} is damaged"):
         evaluate_quality(place / "fp32", damaged, tmp_path / "out", **QUICK)
+
+
+def test_a_report_over_more_prompts_stays(place: Path, tmp_path: Path, caplog) -> None:
+    """What may have taken days is not lost to a quick look."""
+    candidate = copied(place / "fp32", tmp_path, "candidate")
+    attached, options = candidate / "quality.json", {**QUICK, "prompts": 1, "steps": (1,)}
+    for prompts, digest, stays in (
+        (200, Bundle.load(candidate).sha256, True),
+        (200, "ab" * 32, False),
+        (1, Bundle.load(candidate).sha256, False),
+    ):
+        attached.write_text(json.dumps(made_report(digest, prompts=prompts)), encoding="utf-8")
+        before = attached.read_bytes()
+        found = evaluate_quality(place / "fp32", candidate, tmp_path / "out", **options)
+        assert ((attached.read_bytes() == before), (attached in found.files)) == (stays, not stays)
+    assert caplog.text.count("is over more prompts and stays") == 1
+
+
+@pytest.mark.parametrize("output", ["near", "near/quality", "fp32"])
+def test_an_output_in_what_is_compared_is_refused(place: Path, output: str) -> None:
+    before = tree(place)
+    with pytest.raises(InputError, match="which is compared"):
+        evaluate_quality(place / "fp32", place / "near", place / output, **QUICK)
+    assert tree(place) == before
 
 
 def test_an_output_that_cannot_be_written_is_named_before_work(place: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from reelrt.bundle.manifest import (
     Model,
     Pipeline,
     Stage,
+    kind_of,
 )
 from reelrt.bundle.schedule import Schedule, Schedules
 from reelrt.bundle.spec import Geometry, Range, step_spec, text_encoder_spec, vae_decoder_spec
@@ -225,3 +227,10 @@ def test_values_that_cannot_be_are_refused(engines, change):
     (engines.folder / MANIFEST).write_text(json.dumps(data))
     with pytest.raises(IntegrityError, match="incomplete or damaged"):
         EngineSet.load(engines.folder)
+
+
+def test_a_manifest_that_nothing_can_read_has_no_kind(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    assert kind_of(tmp_path) == ""
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        Bundle.load(tmp_path)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import re
+import signal
 import warnings
 from pathlib import Path
 
@@ -222,3 +224,19 @@ def test_unwritable_output_is_found_before_anything_is_loaded() -> None:
     result = runner.invoke(app, ["generate", "no-such-engines", "x", "-o", "red.avi"])
     assert result.exit_code == 2
     assert ".avi" in result.stderr
+
+
+def test_sigterm_leaves_a_document_too(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr("reelrt.stopping._Stop.number", signal.SIGTERM)
+    code, out, errors = end(SystemExit(143), capsys, as_json=True)
+    assert (code, json.loads(out)["error"]["exit_code"]) == (143, 143)
+    assert errors == "Error: interrupted; nothing is left half-written.\n"
+
+
+def test_another_end_of_the_process_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert end(SystemExit(3), capsys, as_json=True) == (3, "", "")
+
+
+def test_a_copy_that_fails_names_the_file_that_could_not_be_written(capsys) -> None:
+    error = OSError(errno.EFBIG, os.strerror(errno.EFBIG), "from", None, "to")
+    assert end(error, capsys)[2] == "Error: to: File too large.\n"

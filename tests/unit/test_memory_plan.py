@@ -9,15 +9,24 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from reelrt.bundle.manifest import Bundle
+from reelrt.bundle.manifest import Bundle, EngineSet
+from reelrt.bundle.spec import Range
 from reelrt.cli import app
 from reelrt.engines.builder import build_engines
-from reelrt.engines.memory import CONTEXT_BYTES, Plan, Planner, Video, available, check_fits
+from reelrt.engines.memory import (
+    CONTEXT_BYTES,
+    Plan,
+    Planner,
+    Video,
+    available,
+    check_fits,
+    plan_of_engines,
+)
 from reelrt.engines.roofline import bounds, peak_flops
 from reelrt.errors import InputError, PlanError, RangeError
 from reelrt.jetson.boards import boards
 from reelrt.jetson.targets import find
-from tests.graphs import GEOMETRY, tiny_bundle
+from tests.graphs import GEOMETRY, quantised, tiny_bundle
 
 runner = CliRunner()
 VIDEO = Video(48, 32, 4, 1, "fp16", "split")
@@ -160,7 +169,17 @@ def test_people_read_the_bound_as_a_bound(folder: Path) -> None:
     assert "no video faster than" in result.stdout
 
 
-@pytest.mark.parametrize("words", [("--target", "rtx9999"), ("--size", "50x50"), ("--batch", "0")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--target", "rtx9999"),
+        ("--target", ""),
+        ("--size", "50x50"),
+        ("--batch", "0"),
+        ("--guidance", "nan"),
+        ("--guidance", "-5"),
+    ],
+)
 def test_wrong_input_ends_with_2(folder: Path, words: tuple[str, ...]) -> None:
     assert plan(folder, "--steps", 2, *words, code=2)["error"]["exit_code"] == 2
 
@@ -192,3 +211,42 @@ def test_engines_alone_take_no_option_that_would_be_ignored(folder: Path, tmp_pa
     made = runner.invoke(app, ["plan", str(tmp_path / "engines"), *words])
     assert made.exit_code == 2
     assert f"{words[0]} cannot be given with an engine set alone" in " ".join(made.output.split())
+
+
+def test_an_int8_bundle_needs_the_activations_of_the_fp32_one_it_was_made_of(
+    bundle: Bundle, tmp_path
+) -> None:
+    """What lies between the pairs of an INT8 graph is stored as FP32 and runs as FP16."""
+    video = replace(VIDEO, precision="int8")
+    made = quantised(bundle, tmp_path / "int8", ["in_weight", "out_weight"])
+    before, after = (Planner(each, find("rtx3060")).plan(video).stages["step"] for each in (bundle, made))
+    assert after.activation_bytes == before.activation_bytes
+    assert after.cost is not None
+    assert before.cost is not None
+    assert after.cost.kernel_bytes == pytest.approx(before.cost.kernel_bytes, rel=0.2)
+
+
+def test_the_builders_numbers_count_only_where_the_engines_run(bundle: Bundle, tmp_path: Path) -> None:
+    built = _engines_with_numbers(bundle, tmp_path)
+    same, other = (Planner(bundle, find(name), built).plan(VIDEO) for name in ("rtx3060-12gb", "orin-agx"))
+    assert {need.source for need in same.stages.values()} == {"builder"}
+    assert {need.source for need in other.stages.values()} == {"estimate"}
+    assert plan_of_engines(built, find("rtx3060-12gb")).stages["step"].source == "builder"
+    with pytest.raises(InputError, match=r"does not run on orin-agx \(8\.7\)"):
+        plan_of_engines(built, find("orin-agx"))
+
+
+def _engines_with_numbers(bundle: Bundle, folder: Path) -> EngineSet:
+    """An engine set as a builder for an RTX 3060 would report it."""
+    built = build_engines(bundle.folder, folder / "engines", backend="onnxruntime")
+    sizes = Planner(bundle, find("rtx3060")).sizes(VIDEO)
+    engines = {
+        name: replace(
+            engine,
+            precision="fp16",
+            activation_bytes=1000,
+            profile={axis: Range(1, size, size) for axis, size in sizes[name].items()},
+        )
+        for name, engine in built.engines.items()
+    }
+    return replace(built, engines=engines, target="rtx3060", compute_capability="8.6")

@@ -93,8 +93,9 @@ def test_adherence_that_was_not_measured_is_said_aloud(int8, caplog):
     assert "adherence to the prompts was not measured" in caplog.text
 
 
-def test_a_report_that_cannot_be_read_is_refused(int8):
-    (int8 / "quality.json").write_text("{", encoding="utf-8")
+@pytest.mark.parametrize("text", ["{", "[" * 100_000])
+def test_a_report_that_cannot_be_read_is_refused(int8, text):
+    (int8 / "quality.json").write_text(text, encoding="utf-8")
     with pytest.raises(IntegrityError, match="no quality report"):
         check_quality(Bundle.load(int8))
 
@@ -112,6 +113,26 @@ def test_few_prompts_are_said_aloud(int8, caplog):
     with caplog.at_level(logging.WARNING, "reelrt"):
         check_quality(Bundle.load(int8))
     assert "over 16 prompts; the targets are stated for 200" in caplog.text
+
+
+def test_steps_that_were_left_out_are_said_aloud(int8, caplog):
+    """One step is easily alike; the targets are for the steps that videos are made with."""
+    attach(int8, steps=(1, 25))
+    with caplog.at_level(logging.WARNING, "reelrt"):
+        check_quality(Bundle.load(int8))
+    assert "was not measured at 10 steps" in caplog.text
+
+
+@pytest.mark.parametrize("number", ["Infinity", "1e400", "NaN"])
+@pytest.mark.parametrize("entry", ['"prompts": ', '"steps": '])
+def test_a_report_of_impossible_numbers_is_damaged(int8, number, entry):
+    path = attach(int8) / "quality.json"
+    whole = {'"prompts": ': "200", '"steps": ': "25"}[entry]
+    text = path.read_text(encoding="utf-8")
+    assert entry + whole in text
+    path.write_text(text.replace(entry + whole, entry + number), encoding="utf-8")
+    with pytest.raises(IntegrityError, match="no quality report"):
+        check_quality(Bundle.load(int8))
 
 
 def test_too_few_prompts_are_refused(int8):
