@@ -11,6 +11,7 @@ from reelrt.errors import ReelError
 from reelrt.service import answers, assets, documents, http, probes
 from reelrt.service.config import Settings
 from reelrt.service.guards import Bodies, Keys, SameSite, SecurityHeaders, is_loopback
+from reelrt.service.heartbeat import Heartbeat
 from reelrt.service.jobservice import VideoService
 from reelrt.service.metrics import Metrics
 from reelrt.service.refusals import answer_in_this_form, log
@@ -22,6 +23,7 @@ class Application:
 
     Attributes:
         streams: The open event streams; `stop` ends them.
+        heartbeat: Measures the event loop that answers; beats once it is started there.
 
     Args:
         service: The job service.
@@ -31,6 +33,7 @@ class Application:
     def __init__(self, service: VideoService, settings: Settings) -> None:
         app = FastAPI(title="ReelRT", version=__version__, docs_url=None, redoc_url=None)
         self.streams, self._metrics = Streams(settings.streams), Metrics(service)
+        self.heartbeat = Heartbeat(self._metrics.beat)
         app.state.service, app.state.settings = service, settings
         app.state.streams, app.state.metrics = self.streams, self._metrics
         answer_in_this_form(app)

@@ -80,11 +80,13 @@ class _Server(uvicorn.Server):
             await self._door.start()
         await super().startup(sockets)
         if self.started:
+            self._application.heartbeat.start()
             self._started(self._door)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close what is open."""
         self._application.streams.stop()
+        self._application.heartbeat.stop()
         if self._door is not None:
             await self._door.stop()
         await super().shutdown(sockets)
