@@ -80,8 +80,8 @@ class _Server(uvicorn.Server):
             await self._door.start()
         await super().startup(sockets)
         if self.started:
-            self._application.heartbeat.start()
             self._started(self._door)
+            self._application.heartbeat.start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close what is open."""
