@@ -89,7 +89,7 @@ def bare(engines: Path) -> Iterator[Bare]:
 
 
 def timed_launches(pipe: TextToVideo, batch: int, steps: int, count: int) -> dict[str, float]:
-    """Mean seconds of a pair of launches of a batch, halved: the two passes of a guided step differ in cost."""
+    """Seconds of a launch, and the processors'; of a guided step's two, which differ in cost, the mean."""
     jobs = plan(
         pipe.limits,
         [f"a launch, number {number}" for number in range(batch)],
@@ -103,8 +103,8 @@ def timed_launches(pipe: TextToVideo, batch: int, steps: int, count: int) -> dic
         latents=None,
     )
     requests = [pipe.encode(job)[0] for job in jobs]
-    loop, launches, found = StepLoop(pipe.sessions.open_step(jobs[0].shape)), len(jobs[0].table), []
-    pair = launches // steps
+    loop, launches = StepLoop(pipe.sessions.open_step(jobs[0].shape)), len(jobs[0].table)
+    found, pair = list[tuple[float, float]](), launches // steps
     while len(found) < count:
         for request in requests:
             loop.admit(request)

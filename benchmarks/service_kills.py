@@ -8,7 +8,6 @@ by then, once, and what waits at a kill is found among them.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import threading
 import time

@@ -1,7 +1,13 @@
-"""`reelrt serve` as a process of its own, for the load test: its start, its figures, its end."""
+"""`reelrt serve` as a process of its own, for the load test: its start, its figures, its end.
+
+    python -m benchmarks.service_process    beats like its event loop, until standard input ends
+
+The latter says how long this machine lets a process wait that does nothing else.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -94,3 +100,41 @@ def _address(process: subprocess.Popen[bytes], told: Path, log: Path) -> str:
             raise SystemExit(f"the service did not start: {log.read_text()[-2000:]}")
         time.sleep(0.02)
     return str(json.loads(text)["http"])
+
+
+class Idle:
+    """The longest gap of a loop that has nothing else to do.
+
+    Attributes:
+        longest: In seconds; 0 until the block has ended.
+    """
+
+    longest = 0.0
+
+
+@contextmanager
+def idling() -> Iterator[Idle]:
+    """Let a process of its own beat during the block."""
+    command, idle = [sys.executable, "-m", "benchmarks.service_process"], Idle()
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        yield idle
+    finally:
+        said, _ = process.communicate()
+    idle.longest = float(said)
+
+
+async def beat() -> float:
+    """The longest gap until standard input ends, in seconds."""
+    from reelrt.service.heartbeat import Heartbeat
+
+    gaps = [0.0]
+    heart = Heartbeat(lambda seconds: gaps.append(max(gaps.pop(), seconds)))
+    heart.start()
+    await asyncio.to_thread(sys.stdin.read)
+    heart.stop()
+    return gaps[0]
+
+
+if __name__ == "__main__":
+    print(asyncio.run(beat()))

@@ -45,7 +45,7 @@ class Application:
         guarded: ASGIApp = Bodies(app, settings.most_body, settings.body_seconds)
         guarded = Keys(guarded, settings.keys)
         guarded = SameSite(guarded, loopback=is_loopback(settings.host) and not settings.keys)
-        self._app = SecurityHeaders(guarded)
+        self._routes, self._app = app, SecurityHeaders(guarded)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, and count it."""
@@ -56,6 +56,30 @@ class Application:
             await send(message)
 
         await self._app(scope, receive, counted if scope["type"] == "http" else send)
+
+    async def warm_up(self) -> None:
+        """Let the framework do now what it leaves to the first request, and would hold everybody up with.
+
+        It works out every route when a path is first looked for, and loads what runs threads when one is
+        first needed.
+        """
+
+        async def nothing() -> Message:
+            return {"type": "http.disconnect"}
+
+        async def unread(message: Message) -> None:
+            pass
+
+        scope = {"type": "http", "method": "GET", "query_string": b"", "headers": [], "root_path": ""}
+        for path in ("/health", "/no-such-page"):
+            asked = {
+                **scope,
+                "path": path,
+                "raw_path": path.encode(),
+                "scheme": "http",
+                "http_version": "1.1",
+            }
+            await self._routes(asked, nothing, unread)
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:

@@ -225,7 +225,7 @@ def prove(engines: Path, folder: Path, ledger: Ledger, patience: float = 120) ->
 
 
 def as_seen(job: Any, at: float) -> tuple[str, float]:
-    """How a job has ended, as whoever saw it was told: over HTTP in whole seconds, and without `cancelled`."""
+    """How a job has ended, as whoever saw it was told: over HTTP in whole seconds, without `cancelled`."""
     if isinstance(at, int):
         return "failed" if job.status == "cancelled" else job.status, int(job.completed_at)
     return job.status, job.completed_at
