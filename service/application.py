@@ -11,6 +11,7 @@ from reelrt.errors import ReelError
 from reelrt.service import answers, assets, documents, http, probes
 from reelrt.service.config import Settings
 from reelrt.service.guards import Bodies, Keys, SameSite, SecurityHeaders, is_loopback
+from reelrt.service.heartbeat import Heartbeat
 from reelrt.service.jobservice import VideoService
 from reelrt.service.metrics import Metrics
 from reelrt.service.refusals import answer_in_this_form, log
@@ -22,6 +23,7 @@ class Application:
 
     Attributes:
         streams: The open event streams; `stop` ends them.
+        heartbeat: Measures the event loop that answers; beats once it is started there.
 
     Args:
         service: The job service.
@@ -31,6 +33,7 @@ class Application:
     def __init__(self, service: VideoService, settings: Settings) -> None:
         app = FastAPI(title="ReelRT", version=__version__, docs_url=None, redoc_url=None)
         self.streams, self._metrics = Streams(settings.streams), Metrics(service)
+        self.heartbeat = Heartbeat(self._metrics.beat)
         app.state.service, app.state.settings = service, settings
         app.state.streams, app.state.metrics = self.streams, self._metrics
         answer_in_this_form(app)
@@ -42,7 +45,7 @@ class Application:
         guarded: ASGIApp = Bodies(app, settings.most_body, settings.body_seconds)
         guarded = Keys(guarded, settings.keys)
         guarded = SameSite(guarded, loopback=is_loopback(settings.host) and not settings.keys)
-        self._app = SecurityHeaders(guarded)
+        self._routes, self._app = app, SecurityHeaders(guarded)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, and count it."""
@@ -53,6 +56,30 @@ class Application:
             await send(message)
 
         await self._app(scope, receive, counted if scope["type"] == "http" else send)
+
+    async def warm_up(self) -> None:
+        """Let the framework do now what it leaves to the first request, and would hold everybody up with.
+
+        It works out every route when a path is first looked for, and loads what runs threads when one is
+        first needed.
+        """
+
+        async def nothing() -> Message:
+            return {"type": "http.disconnect"}
+
+        async def unread(message: Message) -> None:
+            pass
+
+        scope = {"type": "http", "method": "GET", "query_string": b"", "headers": [], "root_path": ""}
+        for path in ("/health", "/no-such-page"):
+            asked = {
+                **scope,
+                "path": path,
+                "raw_path": path.encode(),
+                "scheme": "http",
+                "http_version": "1.1",
+            }
+            await self._routes(asked, nothing, unread)
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest
+from prometheus_client import Histogram as Buckets
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -18,6 +19,8 @@ from reelrt.service.jobservice import VideoService
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 THERMAL = Path("/sys/class/thermal")
+GAPS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+"""Seconds between two beats of the event loop, which is due every 0.005."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -40,12 +43,24 @@ class Metrics:
         self.streams_refused = Counter(
             "reelrt_event_streams_refused", "Event streams that were one too many.", registry=self._registry
         )
+        text = "From one beat of the event loop to the next; one is due every 0.005 s."
+        self._gaps = Buckets("reelrt_event_loop_gap_seconds", text, buckets=GAPS, registry=self._registry)
+        self._longest = 0.0
+        longest = Gauge(
+            "reelrt_event_loop_longest_gap_seconds", "The longest of them so far.", registry=self._registry
+        )
+        longest.set_function(lambda: self._longest)
         ProcessCollector(registry=self._registry)
         self._registry.register(_Figures(service))
 
     def count(self, method: str, status: int) -> None:
         """One more request; methods that nobody knows are counted as one, lest a client makes up labels."""
         self.requests.labels(method if method in METHODS else "other", str(status)).inc()
+
+    def beat(self, seconds: float) -> None:
+        """The event loop has come round again after so long; on its thread only."""
+        self._gaps.observe(seconds)
+        self._longest = max(self._longest, seconds)
 
     def text(self) -> bytes:
         """Everything, as Prometheus reads it."""

@@ -75,16 +75,19 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
+        await self._application.warm_up()
         self._door = self._other()
         if self._door is not None:
             await self._door.start()
         await super().startup(sockets)
         if self.started:
             self._started(self._door)
+            self._application.heartbeat.start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close what is open."""
         self._application.streams.stop()
+        self._application.heartbeat.stop()
         if self._door is not None:
             await self._door.stop()
         await super().shutdown(sockets)
@@ -103,6 +106,7 @@ def serve(settings: Settings, started: Started) -> None:
     """
     if not settings.engines:
         raise InputError("no engine set is named.", "Name one: `reelrt serve build/engines`.")
+    _preload()
     with (
         listening(settings.host, settings.port) as sockets,
         open_service(settings.engines, settings.options) as service,
@@ -110,6 +114,15 @@ def serve(settings: Settings, started: Started) -> None:
         run(service, settings, sockets, started)
         log.info("stopping: running jobs have %g s to end", settings.stop_seconds)
         service.drain(settings.stop_seconds)
+
+
+def _preload() -> None:
+    """Load the libraries that the first video needs: later it would hold the event loop up."""
+    import av  # noqa: F401
+    import numpy.random  # noqa: F401
+    import PIL.Image
+
+    PIL.Image.preinit()
 
 
 def run(

@@ -217,6 +217,8 @@ def test_metrics_count_what_happened(client: httpx.Client) -> None:
     assert grew("reelrt_stage_seconds_count[('stage', 'encode')]") == 1
     assert grew("reelrt_step_seconds_count") >= 2
     assert grew("reelrt_http_requests_total[('method', 'POST')") == 1
+    assert grew("reelrt_event_loop_gap_seconds_count") > 1
+    assert 0.004 < after["reelrt_event_loop_longest_gap_seconds[]"] < 30
 
 
 def test_health_readiness_and_models(client: httpx.Client) -> None:
