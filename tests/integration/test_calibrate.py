@@ -242,7 +242,7 @@ def test_stopping_keeps_the_trajectories(place: Path) -> None:
         ),
         ("a cat\na dog\n", ("--samples", 9), 2, "9 samples per prompt are not possible with 4 steps"),
         ("a cat\na dog\n", ("--budget", 7, "--samples", 4), 2, "budget 7.0 is not possible"),
-        ("a cat\na dog\n", ("--steps", 999), 2, "steps 999 is not available"),
+        ("a cat\na dog\n", ("--steps", 999, "--samples", 4), 2, "steps 999 is not available"),
         ("a cat\na dog\n", ("--steps", 0), 2, "steps 0 is not possible"),
         ("a cat\na dog\n", ("--samples", 0), 2, "0 samples per prompt are not possible"),
         ("a cat\na dog\n", ("--budget", "nan"), 2, "budget nan is not possible"),
