@@ -5,8 +5,6 @@ The toy network is one line of arithmetic, so that a result can be computed here
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import threading
 import time
 import tracemalloc
@@ -25,6 +23,7 @@ from reelrt.bundle.spec import Geometry, Range, step_spec, text_encoder_spec, va
 from reelrt.errors import BackendError, Cancelled, CompatibilityError, InputError, IntegrityError, RangeError
 from reelrt.jetson.device import Gpu, detect
 from reelrt.runtime.noise import starting_noise
+from tests.strikes import strike
 
 GEOMETRY = Geometry(4, 8, 16, tokens=6, text_width=2, state_rows=3, frames=4, height=32, width=48)
 WORDS = ["[start]", "[end]", "red", "blue", "circle", "square"]
@@ -379,33 +378,11 @@ def test_ctrl_c_leaves_the_pipeline_usable(pipe):
 def test_ctrl_c_at_any_moment_never_hangs(pipe):
     """A signal every few milliseconds, several on end: one may strike while a lane waits for the other."""
     before = pipe.generate("red", steps=5, seed=1)
-    main, stop = threading.main_thread().ident, threading.Event()
-
-    def strike():
-        rng = np.random.default_rng(0)
-        while not stop.wait(rng.uniform(0, 0.004)):
-            for _ in range(rng.integers(1, 4)):
-                signal.pthread_kill(main, signal.SIGINT)
-
-    struck, began = 0, time.monotonic()
 
     def suffer():
-        nonlocal struck
-        try:
-            pipe.generate(["red", "blue"], steps=5, seed=1)
-        except KeyboardInterrupt:
-            struck += 1
+        pipe.generate(["red", "blue"], steps=5, seed=1)
 
-    thread = threading.Thread(target=strike)
-    thread.start()
-    while time.monotonic() - began < 2:
-        with contextlib.suppress(KeyboardInterrupt):
-            suffer()
-    while thread.is_alive():
-        with contextlib.suppress(KeyboardInterrupt):
-            stop.set()
-            thread.join()
-    assert struck > 10
+    assert strike(suffer, seconds=2, pause=0.004, at_once=3) > 10
     assert np.array_equal(pipe.generate("red", steps=5, seed=1).latents, before.latents)
 
 
