@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 COLLECTED = ("__del__", "_remove")
-"""What the collector calls; no exception leaves it, so Python drops an interrupt there and pytest complains."""
+"""What the collector calls. No exception leaves it: Python drops an interrupt there, and pytest complains."""
 
 
 def strike(work: Callable[[], Any], seconds: float, pause: float, at_once: int = 1) -> int:
@@ -53,12 +53,17 @@ def strike(work: Callable[[], Any], seconds: float, pause: float, at_once: int =
         thread.start()
         began = time.monotonic()
         while time.monotonic() - began < seconds:
-            try:
-                work()
-            except KeyboardInterrupt:
-                struck += 1
+            struck += _interrupted(work)
     finally:
         stop.set()
         thread.join()
         signal.signal(signal.SIGINT, before)
     return struck
+
+
+def _interrupted(work: Callable[[], Any]) -> bool:
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    return False

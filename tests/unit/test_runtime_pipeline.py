@@ -6,7 +6,6 @@ The toy network is one line of arithmetic, so that a result can be computed here
 from __future__ import annotations
 
 import threading
-import time
 import tracemalloc
 from dataclasses import replace
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +65,13 @@ def test_generate_writes_while_it_decodes(pipe, tmp_path):
         ("red", ["a.mp4", "b.mp4"], "save_to names 2 files for 1 prompts"),
         (["red", "blue"], "a.mp4", "save_to names 1 files for 2 prompts"),
         (["red", "blue"], ["a.mp4", "a.mp4"], "save_to names a file twice"),
+        (["red", "blue"], ["a.mp4", Path("a.mp4").absolute()], "save_to names a file twice"),
+        ("red", 5, "save_to 5 is no path"),
+        ("red", b"a.mp4", "save_to b'a.mp4' is no path"),
+        (["red", "blue"], ["a.mp4", None], "is no path"),
+        ("red", "x" * 300 + ".mp4", "File name too long"),
+        ("red", "x" * 250 + ".mp4", "File name too long"),
+        ("red", "x\0/a.mp4", "null"),
         ("red", "/proc/nowhere/a.mp4", "cannot write to /proc"),
     ],
 )
