@@ -33,9 +33,9 @@ def targets(save_to: FilePath | Sequence[FilePath] | None, count: int, fps: floa
     """
     if save_to is None:
         return [None] * count
-    single = isinstance(save_to, str | bytes | os.PathLike)
     try:
-        paths = [Path(path) for path in ([save_to] if single else save_to)]  # type: ignore[union-attr]
+        given = [save_to] if isinstance(save_to, str | bytes | os.PathLike) else [*save_to]
+        paths = [Path(path) for path in given]
     except TypeError as error:
         raise InputError(f"save_to {save_to!r} is no path.", "Give one for each prompt.") from error
     if len(paths) != count:

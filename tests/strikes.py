@@ -46,7 +46,7 @@ def strike(work: Callable[[], Any], seconds: float, pause: float, at_once: int =
             for _ in range(rng.integers(1, at_once + 1)):
                 signal.pthread_kill(main, signal.SIGINT)
 
-    main, stop = threading.main_thread().ident, threading.Event()
+    main, stop = threading.get_ident(), threading.Event()  # only the main thread may set a handler
     before = signal.signal(signal.SIGINT, interrupt)
     thread = threading.Thread(target=send)
     try:
