@@ -62,6 +62,7 @@ def test_the_benchmark_finds_the_share_of_the_roofline(whole: EngineSet, tmp_pat
     engines = machine.engines(whole, tmp_path / "engines")
     pipe = reelrt.load(engines.folder)
     board, bundle = boards()["rtx3060-laptop-6gb"], Bundle.load(whole.folder)
+    monkeypatch.setattr(gpu, "REPEATS", 2)
     measured = gpu.measure(pipe, steps=2)
     found = gpu.roofline(pipe, bundle, board, measured)
     times = {
