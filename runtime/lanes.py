@@ -1,7 +1,7 @@
 """Which thread of the CPU runs which pass of the network.
 
 A denoiser's operators are too small to keep several cores busy, so whole passes run side by side
-instead, each on a lane. Knows no buffers: a call is an opened engine and what was bound to it.
+instead, each on a lane. Knows no graphs: a call is an opened engine and what was bound to it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,25 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from reelrt.errors import BackendError
 
-Call = tuple[Any, Any]
-"""An opened engine, and its inputs and outputs as bound to it."""
+
+class Call(NamedTuple):
+    """A run of an engine.
+
+    Attributes:
+        engine: The engine, opened.
+        binding: Its inputs and outputs as bound to it, which are bare addresses.
+        buffers: What lies there. A second Ctrl-C ends the wait for a pass that still writes, and whoever
+            owned the buffers may be gone before it.
+    """
+
+    engine: Any
+    binding: Any
+    buffers: Any
+
 
 PATIENCE = 0.5
 """Seconds after which a lane that hears nothing of the other hands its errand over again."""
@@ -40,6 +53,7 @@ class Errand:
             run(self.calls)
         except BackendError as error:
             self.error = error
+        self.calls = ()  # and their buffers
         self.over = True
         self._gate.release()
 
@@ -137,7 +151,7 @@ def run(calls: Sequence[Call]) -> None:
         BackendError: An engine failed.
     """
     try:
-        for engine, binding in calls:
-            engine.run_with_iobinding(binding)
+        for call in calls:
+            call.engine.run_with_iobinding(call.binding)
     except Exception as error:
         raise BackendError(f"ONNX Runtime failed in step: {error}") from error

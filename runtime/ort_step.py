@@ -67,7 +67,9 @@ class OrtStep:
         self._ahead = np.zeros_like(buffers["state"]) if self._pairs else buffers["state"][:0]
         self._ahead_step = (np.zeros_like(buffers["step"]), np.zeros_like(buffers["step"]))
         self._common = {} if prefix is None else self._measure(prefix.shared)
-        self._bindings: dict[tuple[str, str, int, int], Any] = {}
+        steps = (*self._step, *self._ahead_step)
+        self._buffers = (self._table, self._text, *self._state, self._ahead, *steps, self._common)
+        self._calls: dict[tuple[str, str, int, int], Call] = {}
 
     def _measure(self, prefix: Any) -> dict[str, list[Array]]:
         """Buffers for what a prefix computes, one per row, as large as a run of it says."""
@@ -86,7 +88,7 @@ class OrtStep:
         """A row's pass from the current side, or that of the next row of its table."""
         engine = getattr(self._parts[part], threads)
         key = part, threads + (" ahead" if ahead else ""), row, self._side
-        if key not in self._bindings:
+        if key not in self._calls:
             one, here, there = slice(row, row + 1), self._side, 1 - self._side
             arrays = {
                 "state": self._state[here][one],
@@ -102,8 +104,8 @@ class OrtStep:
                 binding.bind_input(value.name, *_address(arrays[value.name]))
             for value in engine.get_outputs():
                 binding.bind_output(value.name, *_address(arrays[value.name]))
-            self._bindings[key] = binding
-        return engine, self._bindings[key]
+            self._calls[key] = Call(engine, binding, self._buffers)
+        return self._calls[key]
 
     def write(self, row: int, table: Float32, text: Array, latents: Float32) -> None:
         """Put a request into a row; its history is empty, or comes with its state."""

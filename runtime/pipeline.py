@@ -120,7 +120,7 @@ class TextToVideo:
 
     @property
     def text(self) -> TextEncoder:
-        """Prompts to embeddings; for one thread at a time."""
+        """Prompts to embeddings; any thread may ask, also while a step loop runs."""
         return self._text
 
     @overload

@@ -29,17 +29,21 @@ def targets(save_to: FilePath | Sequence[FilePath] | None, count: int, fps: floa
     """Where each video shall be written, checked before any work; None is nowhere.
 
     Raises:
-        InputError: Not as many as there are prompts, one twice, or a place that cannot be written.
+        InputError: No paths, not as many as there are prompts, one twice, or a place that cannot be written.
     """
     if save_to is None:
         return [None] * count
-    paths = [Path(path) for path in ([save_to] if isinstance(save_to, str | os.PathLike) else save_to)]
+    try:
+        given = [save_to] if isinstance(save_to, str | bytes | os.PathLike) else [*save_to]
+        paths = [Path(path) for path in given]
+    except TypeError as error:
+        raise InputError(f"save_to {save_to!r} is no path.", "Give one for each prompt.") from error
     if len(paths) != count:
         raise InputError(f"save_to names {len(paths)} files for {count} prompts; give one each.")
-    if len(set(paths)) != count:
-        raise InputError("save_to names a file twice.")
     for path in paths:
         check_writable(path, fps)
+    if len({path.parent.resolve() / path.name for path in paths}) != count:
+        raise InputError("save_to names a file twice.")
     return [*paths]
 
 

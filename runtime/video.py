@@ -144,13 +144,16 @@ def check_writable(path: FilePath, fps: float = 8) -> None:
     target = Path(path)
     form = _format(target)
     check_rate(fps)
-    for first in form.files(target, 1):
-        if first.is_dir() or target.is_dir():
-            raise InputError(f"{target if target.is_dir() else first} is a folder; name a file in it.")
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    parent = target
     try:
-        with tempfile.NamedTemporaryFile(dir=parent, prefix=target.stem):
-            pass  # with the name's own length
+        if "\0" in str(target):
+            raise ValueError("embedded null byte")
+        for first in form.files(target, 1):
+            if first.is_dir() or target.is_dir():
+                raise InputError(f"{target if target.is_dir() else first} is a folder; name a file in it.")
+        parent = next(folder for folder in target.absolute().parents if folder.exists())
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{first.stem}.", suffix=first.suffix):
+            pass  # as long a name as the file has while it is written
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write to {parent}: {reason}.") from error

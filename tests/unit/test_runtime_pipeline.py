@@ -5,11 +5,10 @@ The toy network is one line of arithmetic, so that a result can be computed here
 
 from __future__ import annotations
 
-import contextlib
-import signal
+import gc
 import threading
-import time
 import tracemalloc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +23,10 @@ from reelrt.bundle.schedule import Schedule, Schedules
 from reelrt.bundle.spec import Geometry, Range, step_spec, text_encoder_spec, vae_decoder_spec
 from reelrt.errors import BackendError, Cancelled, CompatibilityError, InputError, IntegrityError, RangeError
 from reelrt.jetson.device import Gpu, detect
+from reelrt.runtime import lanes
+from reelrt.runtime.loop import Request, StepLoop
 from reelrt.runtime.noise import starting_noise
+from tests.strikes import strike
 
 GEOMETRY = Geometry(4, 8, 16, tokens=6, text_width=2, state_rows=3, frames=4, height=32, width=48)
 WORDS = ["[start]", "[end]", "red", "blue", "circle", "square"]
@@ -379,34 +381,42 @@ def test_ctrl_c_leaves_the_pipeline_usable(pipe):
 def test_ctrl_c_at_any_moment_never_hangs(pipe):
     """A signal every few milliseconds, several on end: one may strike while a lane waits for the other."""
     before = pipe.generate("red", steps=5, seed=1)
-    main, stop = threading.main_thread().ident, threading.Event()
-
-    def strike():
-        rng = np.random.default_rng(0)
-        while not stop.wait(rng.uniform(0, 0.004)):
-            for _ in range(rng.integers(1, 4)):
-                signal.pthread_kill(main, signal.SIGINT)
-
-    struck, began = 0, time.monotonic()
 
     def suffer():
-        nonlocal struck
-        try:
-            pipe.generate(["red", "blue"], steps=5, seed=1)
-        except KeyboardInterrupt:
-            struck += 1
+        pipe.generate(["red", "blue"], steps=5, seed=1)
 
-    thread = threading.Thread(target=strike)
-    thread.start()
-    while time.monotonic() - began < 2:
-        with contextlib.suppress(KeyboardInterrupt):
-            suffer()
-    while thread.is_alive():
-        with contextlib.suppress(KeyboardInterrupt):
-            stop.set()
-            thread.join()
-    assert struck > 10
+    assert strike(suffer, seconds=2, pause=0.004, at_once=3) > 10
     assert np.array_equal(pipe.generate("red", steps=5, seed=1).latents, before.latents)
+
+
+def test_a_pass_that_a_second_ctrl_c_left_running_keeps_its_buffers(folder, monkeypatch):
+    sessions = reelrt.load(folder, threads=2).sessions
+    main, let_go, real = threading.get_ident(), threading.Event(), lanes.run
+
+    def run(calls):
+        if threading.get_ident() != main:
+            assert let_go.wait(30)
+        real(calls)
+
+    def interrupt(errand, seconds):
+        raise KeyboardInterrupt
+
+    loop = StepLoop(sessions.open_step((4, 4, 4, 6)))
+    text = np.zeros((2, 6, 2), np.float32)
+    loop.admit(Request(schedule("one", 2).table(3.0, "split", 3), text, starting_noise(1, (4, 4, 4, 6))))
+    buffer = weakref.ref(loop._session._ahead)  # a deallocated array's memory is another's at once
+    with monkeypatch.context() as patch:
+        patch.setattr(lanes, "run", run)
+        patch.setattr(lanes.Errand, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            loop.step()
+        del loop
+        gc.collect()
+        assert buffer() is not None
+        let_go.set()
+    sessions._lanes.wait()
+    gc.collect()
+    assert buffer() is None
 
 
 def test_seeds_from_an_array(pipe):
@@ -454,8 +464,6 @@ def test_numbers_that_are_none_are_reported(pipe):
 
 
 def test_a_launch_allocates_no_buffer(pipe):
-    from reelrt.runtime.loop import Request, StepLoop
-
     loop = StepLoop(pipe._sessions.open_step((4, 8, 8, 10)))
     table = schedule("one", 10).table(3.0, "split", 3)
     request = Request(table, np.zeros((2, 6, 2), np.float32), starting_noise(1, (4, 8, 8, 10)))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import reelrt
 from reelrt.errors import BackendError, Cancelled, InputError
 from reelrt.runtime import formats
 from reelrt.runtime.saving import AHEAD, saving
+from tests.strikes import strike
 from tests.unit.test_runtime_pipeline import make_engines
 from tests.unit.test_video import decode, make_video
 
@@ -65,6 +65,13 @@ def test_generate_writes_while_it_decodes(pipe, tmp_path):
         ("red", ["a.mp4", "b.mp4"], "save_to names 2 files for 1 prompts"),
         (["red", "blue"], "a.mp4", "save_to names 1 files for 2 prompts"),
         (["red", "blue"], ["a.mp4", "a.mp4"], "save_to names a file twice"),
+        (["red", "blue"], ["a.mp4", Path("a.mp4").absolute()], "save_to names a file twice"),
+        ("red", 5, "save_to 5 is no path"),
+        ("red", b"a.mp4", "save_to b'a.mp4' is no path"),
+        (["red", "blue"], ["a.mp4", None], "is no path"),
+        ("red", "x" * 300 + ".mp4", "File name too long"),
+        ("red", "x" * 250 + ".mp4", "File name too long"),
+        ("red", "x\0/a.mp4", "null"),
         ("red", "/proc/nowhere/a.mp4", "cannot write to /proc"),
     ],
 )
@@ -159,35 +166,19 @@ def test_cancelling_while_it_decodes(pipe, tmp_path):
 
 
 def test_ctrl_c_at_any_moment_leaves_a_whole_file_or_none(pipe, tmp_path):
-    main, stop = threading.main_thread().ident, threading.Event()
     video = pipe.generate("red", steps=1, seed=1, save_to=tmp_path / "wanted.mp4")
-    wanted = video.frames.shape
-    path, ends = tmp_path / "a.mp4", {"whole": 0, "none": 0}
-
-    def strike():
-        rng = np.random.default_rng(0)
-        while not stop.wait(rng.uniform(0.002, 0.03)):
-            signal.pthread_kill(main, signal.SIGINT)
+    wanted, path, calls = video.frames.shape, tmp_path / "a.mp4", 0
 
     def suffer():
-        with contextlib.suppress(KeyboardInterrupt), saving(path, 4, video.metadata, 8) as take:
+        nonlocal calls
+        calls += 1
+        if path.exists():  # of the call before
+            path.rename(tmp_path / f"whole-{calls}.mp4")
+        with saving(path, 4, video.metadata, 8) as take:
             for part in pipe.decode(video.latents):
                 take(part)
 
-    thread, began = threading.Thread(target=strike), time.monotonic()
-    thread.start()
-    try:
-        while time.monotonic() - began < 2:
-            with contextlib.suppress(KeyboardInterrupt):
-                suffer()
-                ends["whole" if path.exists() else "none"] += 1
-                if path.exists():
-                    path.rename(tmp_path / f"whole-{ends['whole']}.mp4")
-    finally:
-        while thread.is_alive():
-            with contextlib.suppress(KeyboardInterrupt):
-                stop.set()
-                thread.join()
+    assert strike(suffer, seconds=2, pause=0.03) > 2
     for _ in range(200):  # a second strike, while it was being removed, does not wait for that
         if not [each for each in threading.enumerate() if each.name == "reelrt-encoder"]:
             break
@@ -197,4 +188,3 @@ def test_ctrl_c_at_any_moment_leaves_a_whole_file_or_none(pipe, tmp_path):
         assert decode(whole)[0].shape == wanted
         whole.unlink()
     assert [each.name for each in tmp_path.iterdir()] == ["wanted.mp4"]
-    assert ends["none"] > 2
