@@ -139,7 +139,7 @@ class Settings(BaseSettings):
             folder=self.data,
             slots=self.slots,
             queue_size=self.queue,
-            jobs_per_owner=self.per_key,
+            jobs_per_owner=self.per_key if self.api_keys else 0,  # without keys nobody is told apart
             preview_every=self.preview_every,
             retention=self.retention_hours * 3600,
             quota=self.quota_mb * 2**20,

@@ -127,3 +127,9 @@ def test_without_the_extra_the_commands_say_what_to_install(command: str) -> Non
     """
     result = run_bare(code)
     assert (result.returncode, "pip install 'reelrt[service]'" in result.stderr) == (6, True), result.stderr
+
+
+def test_a_limit_per_key_is_none_where_there_are_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings({"per_key": 3}).options.jobs_per_owner == 0
+    monkeypatch.setenv("REELRT_API_KEYS", KEY)
+    assert read_settings({"per_key": 3}).options.jobs_per_owner == 3
