@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     trajectory_mb: int = Field(
         256, ge=0, le=10**9, description="Disk space of what remixes go on from, in MiB."
     )
-    remix_points: Annotated[tuple[float, ...], NoDecode] = Field(
+    remix_points: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], NoDecode] = Field(
         (0.25, 0.5, 0.75), description="Shares of the schedule from which a video can be remixed."
     )
 
@@ -130,11 +130,7 @@ class Settings(BaseSettings):
 
     @property
     def options(self) -> ServiceOptions:
-        """What of it concerns the job service.
-
-        Raises:
-            InputError: Remix points that are none.
-        """
+        """What of it concerns the job service."""
         return ServiceOptions(
             folder=self.data,
             slots=self.slots,
