@@ -156,8 +156,7 @@ class Client:
 
     def _json(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
         with self._caught():
-            found: dict[str, Any] = wire.checked(self._http.request(method, path, **arguments)).json()
-        return found
+            return wire.document(self._http.request(method, path, **arguments))
 
     @contextlib.contextmanager
     def _caught(self) -> Iterator[None]:
@@ -275,5 +274,4 @@ class AsyncClient:
             answer = await self._http.request(method, path, **arguments)
         except httpx.HTTPError as error:
             raise wire.unreachable(self.url, error) from error
-        found: dict[str, Any] = wire.checked(answer).json()
-        return found
+        return wire.document(answer)

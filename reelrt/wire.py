@@ -48,7 +48,12 @@ def address(url: str | None) -> str:
         InputError: It is none.
     """
     url = (url or os.environ.get(URL_VARIABLE) or DEFAULT_URL).rstrip("/")
-    if not url.startswith(("http://", "https://")):
+    try:
+        parsed = httpx.URL(url)
+        good = parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 0) < 65536
+    except httpx.InvalidURL:
+        good = False
+    if not good:
         raise InputError(f"{url!r} is no address of a service.", f"Write {DEFAULT_URL}, say.")
     return url.removesuffix("/v1")
 
@@ -92,6 +97,21 @@ def unreachable(url: str, error: Exception) -> Unreachable:
         f"no service answers at {url}: {error or type(error).__name__}.",
         "Start one with `reelrt serve`, or name another with --url.",
     )
+
+
+def document(answer: httpx.Response) -> dict[str, Any]:
+    """The object that an answer holds.
+
+    Raises:
+        ServiceError: What the service says, or that it is none: something else answers there.
+    """
+    try:
+        found = checked(answer).json()
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ServiceError(f"{answer.request.url} answers something else than a service.", "Is --url right?")
+    return found
 
 
 class Events:

@@ -30,10 +30,12 @@ def page_routes() -> APIRouter:
         return Response(files[name], media_type=TYPES[Path(name).suffix], headers=headers)
 
     @router.get("/")
+    @router.head("/")
     async def page(request: Request) -> Response:
         return answer(INDEX, request)
 
     @router.get("/page/{name}")
+    @router.head("/page/{name}")
     async def part(name: str, request: Request) -> Response:
         return answer(name, request)
 

@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     trajectory_mb: int = Field(
         256, ge=0, le=10**9, description="Disk space of what remixes go on from, in MiB."
     )
-    remix_points: Annotated[tuple[float, ...], NoDecode] = Field(
+    remix_points: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], NoDecode] = Field(
         (0.25, 0.5, 0.75), description="Shares of the schedule from which a video can be remixed."
     )
 
@@ -130,16 +130,12 @@ class Settings(BaseSettings):
 
     @property
     def options(self) -> ServiceOptions:
-        """What of it concerns the job service.
-
-        Raises:
-            InputError: Remix points that are none.
-        """
+        """What of it concerns the job service."""
         return ServiceOptions(
             folder=self.data,
             slots=self.slots,
             queue_size=self.queue,
-            jobs_per_owner=self.per_key,
+            jobs_per_owner=self.per_key if self.api_keys else 0,  # without keys nobody is told apart
             preview_every=self.preview_every,
             retention=self.retention_hours * 3600,
             quota=self.quota_mb * 2**20,

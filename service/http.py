@@ -142,7 +142,7 @@ async def get(video_id: VideoId, service: Service, owner: Owner) -> JSONResponse
 @router.delete(
     "/v1/videos/{video_id}",
     response_model=schemas.DeletedVideo,
-    responses=errors_of(404, 503),
+    responses=errors_of(404, 503, 507),
     summary="Cancel and delete a video",
 )
 async def delete(video_id: VideoId, service: Service, owner: Owner) -> JSONResponse:
@@ -239,7 +239,12 @@ async def events(
     except BaseException:
         streams.remove(waker)
         raise
-    return sse.EventStream(sse.events(subscription, waker, streams))
+
+    def done() -> None:
+        subscription.close()
+        streams.remove(waker)
+
+    return sse.EventStream(sse.events(subscription, waker, streams), done)
 
 
 async def _file(

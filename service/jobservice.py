@@ -238,12 +238,20 @@ class VideoService:
 
         Raises:
             NotFoundError: No such job of this owner.
+            StorageError: It could not be written down; a full disk has lost the job's files all the same.
         """
         if not self._remove(self.get(job_id, owner)):
             raise NotFoundError(f"there is no job {job_id!r:.100}.")
 
     def _remove(self, job: Job) -> bool:
-        removed = self._board.remove(job)
+        try:
+            removed = self._board.remove(job)
+        except StorageError as error:
+            if error.code != "disk_full" or self._board.task(job.id) is not None:
+                raise
+            self._results.remove(job.id)  # they make the room to write down that they are gone
+            self._trajectories.remove(job.id)
+            removed = self._board.remove(job)
         self._results.remove(job.id)
         return removed
 

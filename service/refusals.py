@@ -125,7 +125,7 @@ def answer_in_this_form(app: FastAPI) -> None:
 
 
 def _allowed(request: Request) -> str:
-    """The methods that a path takes, those of all its documented routes."""
+    """The methods that a path takes, those of all its documented routes; a file of the page is read."""
     operations: dict[str, Any] = request.app.openapi()["paths"]
     parts = request.url.path.split("/")
     methods = {
@@ -134,7 +134,7 @@ def _allowed(request: Request) -> str:
         if _alike(path.split("/"), parts) and not (parts[-1] == "sync" and path.endswith("}"))
         for method in each
     }
-    return ", ".join(sorted(methods))
+    return ", ".join(sorted(methods or {"GET", "HEAD"}))
 
 
 def _alike(pattern: list[str], parts: list[str]) -> bool:

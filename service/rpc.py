@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -26,6 +26,7 @@ from reelrt.errors import (
 )
 from reelrt.service import schemas, sse
 from reelrt.service import videos_pb2 as pb
+from reelrt.service.events import Subscription
 from reelrt.service.guards import owner_for
 from reelrt.service.jobs import Event, Job, Variant, VideoRequest
 from reelrt.service.jobservice import VideoService
@@ -165,18 +166,19 @@ class _Videos(VideosServicer):
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         waker, ring = sse.bell()
         self._streams.add(waker)
+        options: dict[str, Any] = {"previews": request.previews, "notify": ring}
+        opened = asyncio.ensure_future(asyncio.to_thread(self._service.watch, request.id, owner, **options))
         try:
-            watch = self._service.watch
-            options: dict[str, Any] = {"previews": request.previews, "notify": ring}
-            with await self._call(context, lambda: watch(request.id, owner, **options)) as subscription:
-                while not self._streams.stopping:
-                    waker.clear()
-                    for event in subscription.take():
-                        yield event_of(event)
-                        if event.last:
-                            return
-                    await waker.wait()
-        finally:
+            subscription = await _answered(context, asyncio.shield(opened))
+            while not self._streams.stopping:
+                waker.clear()
+                for event in subscription.take():
+                    yield event_of(event)
+                    if event.last:
+                        return
+                await waker.wait()
+        finally:  # a call that is cancelled while the thread subscribes has a subscription all the same
+            opened.add_done_callback(_closed)
             self._streams.remove(waker)
 
     async def Download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.Chunk]:  # noqa: N802
@@ -205,10 +207,19 @@ class _Videos(VideosServicer):
 
     async def _call(self, context: Any, work: Any, *arguments: Any) -> Any:
         """Do it in a thread; an error of the job service ends the call with its status."""
-        try:
-            return await asyncio.to_thread(work, *arguments)
-        except ReelError as error:
-            await _abort(context, error)
+        return await _answered(context, asyncio.to_thread(work, *arguments))
+
+
+async def _answered(context: Any, work: Awaitable[Any]) -> Any:
+    try:
+        return await work
+    except ReelError as error:
+        await _abort(context, error)
+
+
+def _closed(opened: asyncio.Future[Subscription]) -> None:
+    if not opened.cancelled() and opened.exception() is None:
+        opened.result().close()
 
 
 async def _abort(context: Any, error: ReelError) -> NoReturn:

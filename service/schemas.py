@@ -56,7 +56,9 @@ class _Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: Annotated[Text, Field(min_length=1)] = Field(description="What to show.")
+    prompt: Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT), AfterValidator(_text)] = Field(
+        description="What to show."
+    )
     negative_prompt: Text | None = Field(None, description="What to steer away from.")
     guidance_scale: Annotated[Finite, Field(ge=0, le=MAX_GUIDANCE)] | None = Field(
         None, description="Classifier-free guidance; 1 is none. Default: the model's."

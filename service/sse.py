@@ -61,13 +61,14 @@ class EventStream(StreamingResponse):
 
     Args:
         events: The events; closed at the end, whatever ends it.
+        done: Called then. A generator that was never begun, as nothing could be sent, would not do it.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], done: Callable[[], None]) -> None:
         super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self._events = events
+        self._events, self._done = events, done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 (ASGI's)
         """Send the events."""
@@ -83,6 +84,7 @@ class EventStream(StreamingResponse):
                     await self.stream_response(send)
                 group.cancel_scope.cancel()
         finally:
+            self._done()
             with anyio.CancelScope(shield=True):
                 await self._events.aclose()
 
@@ -115,22 +117,18 @@ async def events(
     """The events of a subscription until its last one; comments while nothing happens.
 
     Args:
-        subscription: Closed at the end, whatever ends it.
+        subscription: Whose.
         waker: What the subscription sets when there is something to take.
-        streams: Where this one is counted.
+        streams: Whether the service is about to stop.
     """
-    try:
-        yield RETRY
-        while not streams.stopping:
-            waker.clear()
-            for event in subscription.take():
-                yield text_of(event)
-                if event.last:
-                    return
-            try:
-                await asyncio.wait_for(waker.wait(), KEEP_ALIVE_SECONDS)
-            except asyncio.TimeoutError:
-                yield ": still here\n\n"
-    finally:
-        subscription.close()
-        streams.remove(waker)
+    yield RETRY
+    while not streams.stopping:
+        waker.clear()
+        for event in subscription.take():
+            yield text_of(event)
+            if event.last:
+                return
+        try:
+            await asyncio.wait_for(waker.wait(), KEEP_ALIVE_SECONDS)
+        except asyncio.TimeoutError:
+            yield ": still here\n\n"

@@ -13,7 +13,8 @@ const videos = new Map();
 const previews = new Map();
 const followed = new Map();
 let chosen = null;
-let older = null;
+let more = null; // whether the service lists older ones; null: not known yet
+let listed = []; // ids in the service's own order; older ones begin behind the last
 
 const sorted = () => [...videos.values()].sort((a, b) => b.created_at - a.created_at || (a.id < b.id ? 1 : -1));
 const actions = { use: form.use, remix: form.startRemix, remove };
@@ -24,7 +25,7 @@ function draw() {
   view.stage(videos.get(chosen), previews.get(chosen), actions);
   view.gallery(all, previews, chosen, choose);
   view.queue(all);
-  $("more").hidden = !older;
+  $("more").hidden = !more;
 }
 
 function choose(id) {
@@ -54,20 +55,37 @@ async function askKey() {
 // Newest first; what the service no longer lists is gone.
 async function refresh() {
   const page = await api.list(PAGE);
-  const listed = new Set(page.data.map((video) => video.id));
+  const ids = page.data.map((video) => video.id);
   const oldest = page.data.at(-1)?.created_at ?? 0;
   for (const video of videos.values()) {
-    if (!listed.has(video.id) && (video.created_at > oldest || !page.has_more)) drop(video.id);
+    if (!ids.includes(video.id) && (video.created_at > oldest || !page.has_more)) drop(video.id);
   }
   page.data.forEach(learn);
-  if (older === null || !page.has_more) older = page.has_more ? page.last_id : null;
+  if (more === null || !page.has_more) [more, listed] = [page.has_more, ids];
   follow();
   draw();
+}
+
+async function showOlder() {
+  for (;;) {
+    const last = listed.at(-1);
+    try {
+      const page = await api.list(PAGE, last);
+      page.data.forEach(learn);
+      listed.push(...page.data.map((video) => video.id));
+      more = page.has_more;
+      return draw();
+    } catch (error) {
+      if (error.status !== 404 || !last) return trouble(error);
+      drop(last); // it was deleted elsewhere; the one before it marks the place, too
+    }
+  }
 }
 
 function drop(id) {
   followed.get(id)?.abort();
   for (const store of [videos, previews, followed]) store.delete(id);
+  listed = listed.filter((each) => each !== id);
   api.forget(id);
 }
 
@@ -232,16 +250,7 @@ $("key-box").addEventListener("close", () => {
     begin();
   }
 });
-$("more").addEventListener("click", async () => {
-  try {
-    const page = await api.list(PAGE, older);
-    page.data.forEach(learn);
-    older = page.has_more ? page.last_id : "";
-    draw();
-  } catch (error) {
-    trouble(error);
-  }
-});
+$("more").addEventListener("click", showOlder);
 dark.addEventListener("change", () => theme(false));
 document.addEventListener("keydown", onKey);
 

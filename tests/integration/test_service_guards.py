@@ -146,7 +146,12 @@ def test_no_id_leads_to_a_file(client: httpx.Client, video_id: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
-    [("PUT", "/v1/videos", "GET, POST"), ("POST", "/health", "GET"), ("GET", "/v1/videos/sync", "POST")],
+    [
+        ("PUT", "/v1/videos", "GET, POST"),
+        ("POST", "/health", "GET"),
+        ("GET", "/v1/videos/sync", "POST"),
+        ("POST", "/", "GET, HEAD"),
+    ],
 )
 def test_other_methods_are_told_which_ones_there_are(
     client: httpx.Client, method: str, path: str, allowed: str

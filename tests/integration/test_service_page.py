@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving import KEYS, Served, http, make, serving
+from tests.serving import KEYS, Served, finished, http, make, serving
 
 pytest.importorskip("uvicorn", reason="the service extra is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -169,6 +169,21 @@ def test_markup_in_a_prompt_stays_text(page: Any, served: Served) -> None:
     page.wait_for_selector(".card")
     assert "<script>" in page.text_content(".card .says")
     assert page.title() == "ReelRT"
+
+
+def test_older_videos_are_shown_though_the_last_one_was_deleted_elsewhere(
+    browser: Any, served: Served, page: Any
+) -> None:
+    with http(served) as client:
+        first = finished(client, make(client, PROMPT, seed=3))
+        made = [first, *(make(client, PROMPT, seed=3) for _ in range(29))]  # all have the first one's result
+        for other in window(browser, served.url, complaints=1):  # Chromium notes the 404
+            until(other, "document.querySelectorAll('.card').length === 24")
+            client.delete(f"/v1/videos/{made[-24]['id']}")
+            other.click("#more")
+            until(other, "document.querySelectorAll('.card').length === 29")
+            assert other.locator("#trouble").is_hidden()
+            assert other.locator("#more").is_hidden()
 
 
 def test_light_dark_and_the_width_of_a_phone(browser: Any, served: Served, page: Any) -> None:

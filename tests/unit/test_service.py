@@ -474,6 +474,31 @@ def test_a_database_without_room_refuses_what_it_cannot_keep(start):
     assert over(service, service.submit(RED)).status == "completed"
 
 
+def test_what_is_deleted_makes_the_room_to_write_that_down(start, monkeypatch):
+    service, _ = start()
+    done, remove = over(service, service.submit(RED)), service._store.remove
+
+    def full_until_the_files_are_gone(job_id):
+        if service._results.path(job_id, "video") is not None:
+            raise StorageError("full", code="disk_full")
+        return remove(job_id)
+
+    monkeypatch.setattr(service._store, "remove", full_until_the_files_are_gone)
+    service.delete(done.id)
+    with pytest.raises(NotFoundError):
+        service.get(done.id)
+
+
+def test_a_disk_that_fails_otherwise_keeps_the_files_of_what_it_cannot_delete(start, monkeypatch):
+    service, _ = start()
+    done = over(service, service.submit(RED))
+    with monkeypatch.context() as patch:
+        patch.setattr(service._store, "remove", lambda _: (_ for _ in ()).throw(StorageError("broken")))
+        with pytest.raises(StorageError):
+            service.delete(done.id)
+    assert service.file(done.id).stat().st_size == done.files["video"]
+
+
 def test_the_quota_is_kept_and_no_finished_file_goes_for_it(start):
     service, _ = start(quota=10_000)
     jobs = []

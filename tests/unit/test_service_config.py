@@ -69,7 +69,7 @@ def test_an_open_address_needs_a_key(host: str, monkeypatch: pytest.MonkeyPatch)
         ("port = 70000", "port: .*65535"),
         ("port = [", "no TOML file"),
         ('api_keys = ["short"]', "at least 16"),
-        ("remix_points = [1.5]", "between 0 and 1"),
+        ("remix_points = [1.5]", "remix_points.0: Input should be less than 1"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
@@ -127,3 +127,15 @@ def test_without_the_extra_the_commands_say_what_to_install(command: str) -> Non
     """
     result = run_bare(code)
     assert (result.returncode, "pip install 'reelrt[service]'" in result.stderr) == (6, True), result.stderr
+
+
+@pytest.mark.parametrize("points", [(0.0, 0.5), (1.0,), (float("nan"),)])
+def test_a_point_beyond_the_schedule_is_refused_at_once(points: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match="remix_points"):
+        read_settings({"remix_points": points})
+
+
+def test_a_limit_per_key_is_none_where_there_are_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings({"per_key": 3}).options.jobs_per_owner == 0
+    monkeypatch.setenv("REELRT_API_KEYS", KEY)
+    assert read_settings({"per_key": 3}).options.jobs_per_owner == 3

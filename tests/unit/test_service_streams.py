@@ -1,0 +1,122 @@
+"""Event streams whose client goes away at a bad moment, or never reads: nothing of them is left."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="the service extra is not installed")
+pytest.importorskip("grpc", reason="the service extra is not installed")
+
+import grpc
+import uvicorn
+
+from reelrt.service import sse
+from reelrt.service import videos_pb2 as pb
+from reelrt.service.connections import protocol
+from reelrt.service.events import Hub
+from reelrt.service.rpc import Door
+from reelrt.service.videos_pb2_grpc import VideosStub
+
+
+def test_a_client_that_is_gone_before_the_first_byte_leaves_no_stream() -> None:
+    async def body() -> Any:
+        yield "never sent"
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        await asyncio.Event().wait()  # what was sent before is still unread
+
+    closed: list[bool] = []
+    stream = sse.EventStream(body(), lambda: closed.append(True))
+    asyncio.run(asyncio.wait_for(stream({"type": "http"}, receive, send), 10))
+    assert closed == [True]
+
+
+class _Slow:
+    """A job service that takes its time to subscribe."""
+
+    def __init__(self) -> None:
+        self.hub, self.asked, self.go, self.made = Hub(), threading.Event(), threading.Event(), 0
+
+    def watch(self, job_id: str, _owner: str, *, previews: bool, notify: Any) -> Any:
+        self.asked.set()
+        self.go.wait(10)
+        subscription = self.hub.subscribe(job_id, notify, previews)
+        self.made += 1
+        return subscription
+
+
+def test_a_call_cancelled_while_it_subscribes_leaves_no_subscription() -> None:
+    service, streams = _Slow(), sse.Streams(4)
+
+    async def scene() -> None:
+        door = Door(service, (), streams, ("127.0.0.1", 0), 1 << 20, 16)  # type: ignore[arg-type]
+        await door.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel:
+            call = VideosStub(channel).Watch(pb.WatchRequest(id="a"))
+            reading = asyncio.ensure_future(call.read())
+            await asyncio.to_thread(service.asked.wait, 10)
+            call.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            while streams.open:  # the server has seen it
+                await asyncio.sleep(0.01)
+            service.go.set()
+            while not service.made:
+                await asyncio.sleep(0.01)
+            for _ in range(200):
+                if not len(service.hub):
+                    break
+                await asyncio.sleep(0.01)
+        await door.stop(0)
+
+    asyncio.run(asyncio.wait_for(scene(), 20))
+    assert service.made == 1
+    assert len(service.hub) == 0
+    service.hub.close()
+
+
+def test_a_client_that_never_reads_is_let_go() -> None:
+    """The application sends without end; nobody reads; the connection ends all the same."""
+    gone: list[float] = []
+
+    async def application(_scope: Any, receive: Any, send: Any) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def pour() -> None:
+            while True:
+                await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+
+        pouring = asyncio.ensure_future(pour())
+        await receive()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone.append(loop.time() - began)
+        pouring.cancel()
+
+    async def scene() -> None:
+        kind = protocol(8, 5, unread=0.3)
+        config = uvicorn.Config(application, http=kind, ws="none", lifespan="off", log_level="error", port=0)
+        server = uvicorn.Server(config)
+        serving = asyncio.ensure_future(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        while not gone:
+            await asyncio.sleep(0.02)
+        writer.close()
+        del reader
+        server.should_exit = True
+        await serving
+
+    asyncio.run(asyncio.wait_for(scene(), 20))
+    assert 0.2 < gone[0] < 5
