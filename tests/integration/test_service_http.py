@@ -230,7 +230,7 @@ def test_the_first_request_finds_every_route_worked_out(
 
     from reelrt.service import documents
     from reelrt.service.application import Application
-    from reelrt.service.config import Settings
+    from reelrt.service.config import read_settings
     from reelrt.service.jobservice import open_service
 
     def late(*_: object, **__: object) -> None:
@@ -245,7 +245,7 @@ def test_the_first_request_finds_every_route_worked_out(
             paths = ("/v1/videos", "/v1/models", "/metrics", "/", "/openapi.json", "/v1/videos/video_none")
             return [(await client.get(path)).status_code for path in paths]
 
-    settings = Settings(engines=(tiny_engines,), data=tmp_path / "data")
+    settings = read_settings({"engines": (tiny_engines,), "data": tmp_path / "data"})
     with open_service(settings.engines, settings.options) as service:
         assert asyncio.run(first(Application(service, settings))) == [200, 200, 200, 200, 200, 404]
 
