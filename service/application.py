@@ -60,8 +60,8 @@ class Application:
     async def warm_up(self) -> None:
         """Let the framework do now what it leaves to the first request, and would hold everybody up with.
 
-        It works out every route when a path is first looked for, and loads what runs threads when one is
-        first needed.
+        It works out every route when a path is first looked for, writes the document when it is asked for,
+        and loads what runs threads when one is first needed.
         """
 
         async def nothing() -> Message:
@@ -71,7 +71,7 @@ class Application:
             pass
 
         scope = {"type": "http", "method": "GET", "query_string": b"", "headers": [], "root_path": ""}
-        for path in ("/health", "/no-such-page"):
+        for path in ("/health", "/openapi.json", "/no-such-page"):
             asked = {
                 **scope,
                 "path": path,

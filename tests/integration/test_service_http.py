@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -219,6 +221,33 @@ def test_metrics_count_what_happened(client: httpx.Client) -> None:
     assert grew("reelrt_http_requests_total[('method', 'POST')") == 1
     assert grew("reelrt_event_loop_gap_seconds_count") > 1
     assert 0.004 < after["reelrt_event_loop_longest_gap_seconds[]"] < 30
+
+
+def test_the_first_request_finds_every_route_worked_out(
+    tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fastapi
+
+    from reelrt.service import documents
+    from reelrt.service.application import Application
+    from reelrt.service.config import read_settings
+    from reelrt.service.jobservice import open_service
+
+    def late(*_: object, **__: object) -> None:
+        raise AssertionError("this is worked out while somebody waits")
+
+    async def first(application: Any) -> list[int]:
+        await application.warm_up()
+        monkeypatch.setattr(fastapi.routing, "get_dependant", late)
+        monkeypatch.setattr(documents, "get_openapi", late)
+        transport = httpx.ASGITransport(application)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            paths = ("/v1/videos", "/v1/models", "/metrics", "/", "/openapi.json", "/v1/videos/video_none")
+            return [(await client.get(path)).status_code for path in paths]
+
+    settings = read_settings({"engines": (tiny_engines,), "data": tmp_path / "data"})
+    with open_service(settings.engines, settings.options) as service:
+        assert asyncio.run(first(Application(service, settings))) == [200, 200, 200, 200, 200, 404]
 
 
 def test_health_readiness_and_models(client: httpx.Client) -> None:
