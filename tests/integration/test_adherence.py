@@ -99,7 +99,7 @@ def test_what_the_engines_do_not_have_is_refused(pipe: TextToVideo) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        (("nowhere",), 4, "manifest.json"),
+        (("nowhere",), 4, "there is no folder nowhere"),
         (("nowhere", "--prompts", "0"), 2, "prompts 0"),
         (("nowhere", "--guidance", "nan"), 2, "guidance nan"),
         (("nowhere", "--minimum", "colour=90"), 2, "'colour=90'"),

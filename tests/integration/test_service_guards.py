@@ -196,8 +196,10 @@ def test_a_full_queue_says_when_to_come_again(client: httpx.Client) -> None:
     assert error_of(refused[0])[0] == 429
     assert int(refused[0].headers["retry-after"]) >= 1
     taken = [client.get(f"/v1/videos/{each.json()['id']}").json() for each in answers if each.is_success]
-    waiting = [video["queue_position"] for video in taken if video["status"] == "queued"]
+    positions = [video["queue_position"] for video in taken if video["status"] == "queued"]
+    waiting = [position for position in positions if position is not None]  # one may be on its way out
     assert waiting == list(range(len(waiting)))
+    assert len(positions) - len(waiting) <= 1
 
 
 def test_event_streams_are_limited_and_given_back(client: httpx.Client) -> None:
