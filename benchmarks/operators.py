@@ -51,10 +51,12 @@ def profile_pass(folder: Path) -> dict[str, Any]:
     prefix = path.with_name(path.name + PREFIX)
     parts = {name: each for name, each in (("prefix", prefix), ("step", path)) if each.exists()}
     seconds: dict[str, float] = {}
+    flop: dict[str, float] = {}
     found: dict[str, dict[str, float]] = {}
     for name, each in parts.items():
         seconds[name], outputs, measured = _profile(each, feed)
         feed |= outputs
+        flop[name] = sum(about.get("flop", 0.0) for about in measured.values())
         for operator, about in measured.items():
             entry = found.setdefault(operator, dict.fromkeys(about, 0.0))
             for key, value in about.items():
@@ -62,6 +64,7 @@ def profile_pass(folder: Path) -> dict[str, Any]:
     return {
         "seconds": sum(seconds.values()),
         "seconds_by_part": seconds,
+        "flop_by_part": flop,
         "operators": dict(sorted(found.items(), key=lambda each: -each[1]["seconds"])),
     }
 

@@ -58,7 +58,7 @@ def _least() -> str:
     """The bound that stands beside a speed, of `roofline-cpu.json`."""
     found = json.loads((RESULTS / "roofline-cpu.json").read_text(encoding="utf-8"))
     rate = found["flops_per_second"] * found["cores"] / 1e9
-    work, least = found["flop_per_pass"] * found["passes"] / 1e9, found["least_seconds"]
+    work, least = found["flop"] / 1e9, found["least_seconds"]
     return (
         f"; [no FP32 runtime](benchmarks/results/roofline-cpu.json) below {least:.2f} s here: "
         f"{work:.0f} GFLOP at {rate:.0f} GFLOP/s"

@@ -47,10 +47,16 @@ def best_rate(side: int, rounds: int = ROUNDS) -> float:
 
 def bound(loop: dict[str, Any], rate: float, cores: int) -> dict[str, float]:
     """The least seconds of a video's denoising, and what they are made of."""
-    settings, operators = loop["settings"], loop["pass"]["operators"]
-    flop = sum(each.get("flop", 0.0) for each in operators.values())
-    passes = settings["steps"] * (2 if settings["guidance"] != 1 else 1)
-    return {"flop_per_pass": flop, "passes": passes, "least_seconds": flop * passes / (rate * cores)}
+    settings, parts = loop["settings"], loop["pass"]["flop_by_part"]
+    steps = settings["steps"]
+    passes = steps * (2 if settings["guidance"] != 1 else 1)
+    flop = parts.get("prefix", 0.0) * steps + parts["step"] * passes  # both passes of a step share the prefix
+    return {
+        "flop_per_pass": sum(parts.values()),
+        "passes": passes,
+        "flop": flop,
+        "least_seconds": flop / (rate * cores),
+    }
 
 
 def main() -> None:
