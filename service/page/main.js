@@ -16,7 +16,12 @@ let chosen = null;
 let more = null; // whether the service lists older ones; null: not known yet
 let listed = []; // ids in the service's own order; older ones begin behind the last
 
-const sorted = () => [...videos.values()].sort((a, b) => b.created_at - a.created_at || (a.id < b.id ? 1 : -1));
+// Within one second the service's own order counts; what it has not listed yet is newer, the last one learned first.
+const place = (video) => {
+  const at = listed.indexOf(video.id);
+  return at < 0 ? -1 - [...videos.keys()].indexOf(video.id) : at;
+};
+const sorted = () => [...videos.values()].sort((a, b) => b.created_at - a.created_at || place(a) - place(b));
 const actions = { use: form.use, remix: form.startRemix, remove };
 
 function draw() {
