@@ -64,11 +64,12 @@ def _rewritten(job: Job, path: Path, scratch: Path) -> dict[Path, Path]:
         model = ir.load(path)
     except Exception:  # noqa: BLE001 (no graph at all; ONNX Runtime says so in its own words)
         return {job.output: path}
-    rewrite(model.graph, "batch" if job.cfg == "split" and job.spec.name == "step" else None)
+    one_video = job.spec.name == "step" and job.cfg == "split"
+    rewrite(model.graph, "batch" if one_video else None)
     model.opset_imports[MICROSOFT] = 1
     for tidy in (common.RemoveUnusedNodesPass(), common.TopologicalSortPass()):
         tidy(model)
-    parts = split(model.graph) if job.cfg == "split" and job.spec.name == "step" else None
+    parts = split(model.graph) if one_video else None
     graphs = {job.output: model.graph}
     if parts is not None:
         graphs = {job.output: parts[1], job.output.with_name(job.output.name + PREFIX): parts[0]}

@@ -20,7 +20,8 @@ def split(graph: ir.Graph) -> tuple[ir.Graph, ir.Graph] | None:
     """Cut a step graph.
 
     Args:
-        graph: Its nodes in an order in which they can run; unchanged.
+        graph: Its nodes in an order in which they can run. Changed only in that values at the cut
+            are told to be FP32 where the graph does not say.
 
     Returns:
         The part that does not read `text`, and the rest, which takes the outputs of the first as
