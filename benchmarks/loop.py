@@ -144,8 +144,8 @@ def open_rivals(model: Path, folder: Path, threads: int) -> Rivals:
         raise SystemExit(f"{folder} was not built from {model}.")
     clock = Clock()
 
-    def open_timed(path: Path, count: int, spin: bool = True) -> Timed:
-        return Timed(open_engine(path, count, spin=spin), clock)
+    def open_timed(path: Path, count: int) -> Timed:
+        return Timed(open_engine(path, count), clock)
 
     pipe = TextToVideo(engines, OrtSessions(engines, threads, open_timed))
     torch.set_num_threads(threads)

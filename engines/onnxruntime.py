@@ -67,7 +67,7 @@ def _rewritten(job: Job, path: Path, scratch: Path) -> dict[Path, Path]:
     one_video = job.spec.name == "step" and job.cfg == "split"
     rewrite(model.graph, "batch" if one_video else None)
     model.opset_imports[MICROSOFT] = 1
-    for tidy in (common.RemoveUnusedNodesPass(), common.TopologicalSortPass()):
+    for tidy in (common.TopologicalSortPass(), common.RemoveUnusedNodesPass()):
         tidy(model)
     parts = split(model.graph) if one_video else None
     graphs = {job.output: model.graph}

@@ -59,15 +59,13 @@ def _check(engines: EngineSet) -> None:
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
-def open_engine(path: Path, threads: int, provider: str = CPU, *, spin: bool = True) -> ort.InferenceSession:
+def open_engine(path: Path, threads: int, provider: str = CPU) -> ort.InferenceSession:
     """Open one engine file; its weights lie beside it.
 
     Args:
         path: The file.
         threads: CPU threads within an operator.
         provider: What of ONNX Runtime runs it. Inputs and outputs lie in the host's memory for any.
-        spin: Whether the threads keep a core busy for a while after each operator, to be there for the
-            next.
 
     Raises:
         BackendError: ONNX Runtime cannot open it, or has no such provider that works here.
@@ -82,7 +80,8 @@ def open_engine(path: Path, threads: int, provider: str = CPU, *, spin: bool = T
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    # Threads wait awake between two operators, but not after the last: others need the cores then.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = ort.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # its exceptions share no base class
@@ -107,11 +106,7 @@ class OrtSessions:
         self._opened = {name: open_file(path, threads) for name, path in files.items() if name != "step"}
         prefix = files["step"].with_name(files["step"].name + PREFIX)
         self._step = Part(threads, partial(open_file, files["step"]))
-        # The lanes need the cores as soon as the prefix is through.
-        opened = (
-            Part(threads, partial(open_file, prefix, spin=False)) if prefix.name in engines.files else None
-        )
-        self._prefix = opened
+        self._prefix = Part(threads, partial(open_file, prefix)) if prefix.name in engines.files else None
         self._lanes = Lanes(threads)
 
     def run(self, stage: str, inputs: Mapping[str, Array]) -> dict[str, Array]:

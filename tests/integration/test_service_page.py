@@ -178,7 +178,7 @@ def test_older_videos_are_shown_though_the_last_one_was_deleted_elsewhere(
         first = finished(client, make(client, PROMPT, seed=3))
         made = [first, *(make(client, PROMPT, seed=3) for _ in range(29))]  # all have the first one's result
         gone = made[-24]["id"]
-        for other in window(browser, served.url, excused=gone):  # Chromium notes the 404 of the list and the thumbnail
+        for other in window(browser, served.url, excused=gone):  # Chromium notes each 404
             until(other, "document.querySelectorAll('.card').length === 24")
             client.delete(f"/v1/videos/{gone}")
             other.click("#more")
