@@ -50,7 +50,7 @@ BACKENDS: dict[str, Backend] = {
             "ONNX Runtime",
             ".onnx",
             None,
-            "optimization=all, rows of tokens, text-free part",
+            "optimization=all, rows of tokens, joined sums, text-free part",
             "Install it: pip install onnxruntime.",
         ),
         Backend(
