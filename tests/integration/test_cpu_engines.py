@@ -13,7 +13,6 @@ from onnx_ir.passes import common
 from reelrt.bundle.manifest import Bundle
 from reelrt.engines.text_free import split
 from reelrt.engines.token_rows import MICROSOFT, rewrite
-from reelrt.export.exporter import export_bundle
 from tests.graphs import run_step
 
 TRANSFORMERS = {"small": 15, "odd": 23}
@@ -92,10 +91,11 @@ def test_several_videos_in_a_batch_are_not_taken_for_one(made):
     assert rewrite(model.graph, "no such axis") == 0
 
 
-def test_batched_guidance_keeps_its_transformers_and_one_graph(made, tmp_path):
+def test_batched_guidance_keeps_its_transformers_and_one_graph(made, export_sharing_schedules, tmp_path):
     from reelrt.engines.builder import build_engines
 
-    bundle = export_bundle(made("small")[0], tmp_path / "bundle", cfg="batched", validate=False)
+    batched = {"cfg": "batched", "validate": False}
+    bundle = export_sharing_schedules(made("small")[0], tmp_path / "bundle", **batched)
     assert rewrite(load(bundle).graph, "batch") == 0
     engines = build_engines(bundle, tmp_path / "engines", backend="onnxruntime")
     assert not list(engines.folder.glob("step.onnx.prefix*"))
