@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 from reelrt.bundle.manifest import Bundle
 from reelrt.engines.text_free import split
 from reelrt.engines.token_rows import MICROSOFT, rewrite
+from tests.commands import reelrt, tree
 from tests.graphs import run_step
 
 TRANSFORMERS = {"small": 15, "odd": 23}
@@ -102,6 +103,17 @@ def test_batched_guidance_keeps_its_transformers_and_one_graph(made, export_shar
     inputs = feed(bundle, (5, 4, 6))
     wanted, found = run(load(bundle), inputs, tmp_path), run_step(engines.folder, inputs)
     np.testing.assert_allclose(found[0], wanted[0], rtol=0, atol=1e-5 * np.abs(wanted[0]).max())
+
+
+def test_a_build_in_another_process_gives_the_same_files(small_engines, tmp_path):
+    words = ("build", small_engines.parent / "bundle", "-o", tmp_path / "engines", "--backend", "onnxruntime")
+    built = reelrt(*words, PYTHONHASHSEED="1")
+    assert built.returncode == 0, built.stderr
+    one, two = (
+        {name: each for name, each in tree(folder).items() if ".onnx" in name}
+        for folder in (small_engines, tmp_path / "engines")
+    )
+    assert one == two
 
 
 def test_the_first_part_takes_no_text_and_both_make_the_whole(made, small_engines):
