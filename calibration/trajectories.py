@@ -32,6 +32,7 @@ from reelrt.runtime.request import Limits
 from reelrt.runtime.session import Array, Float32
 from reelrt.runtime.text import Tokenizer
 from reelrt.runtime.unbuilt import as_engines
+from reelrt.wording import counted
 
 SAMPLES_PER_PROMPT = 4
 """Solver steps that are kept of each prompt; with split guidance each gives two samples."""
@@ -322,7 +323,8 @@ def _check(settings: Settings, bundle: Bundle) -> None:
     check_seed(settings.seed)
     if settings.seed + len(settings.prompts) - 1 > MAX_SEED:
         raise InputError(
-            f"seed {settings.seed} is too large for {len(settings.prompts)} prompts: each takes the next one."
+            f"seed {settings.seed} is too large for {counted(len(settings.prompts), 'prompt')}: each takes "
+            "the next one."
         )
     limits = Limits(as_engines(bundle))
     limits.latent_shape(settings.frames, settings.size)
@@ -332,8 +334,8 @@ def _check(settings: Settings, bundle: Bundle) -> None:
         raise InputError(f"steps {settings.steps} is not possible: give 1 or more.")
     if not 1 <= settings.samples_per_prompt <= settings.steps:
         raise InputError(
-            f"{settings.samples_per_prompt} samples per prompt are not possible with {settings.steps} "
-            f"steps: give 1 to {settings.steps}."
+            f"{settings.samples_per_prompt} samples per prompt are not possible with "
+            f"{counted(settings.steps, 'step')}: give 1 to {settings.steps}."
         )
     limits.table(bundle.pipeline.solver, settings.steps, settings.guidance)
 

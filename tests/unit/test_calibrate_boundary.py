@@ -48,6 +48,11 @@ def place(tmp_path: Path) -> Path:
         (("bundle", "-o", "out", "--samples", "1", "--prompts", "one.txt"), "2 samples are too few"),
         (("bundle", "-o", "out", "--keep", "nosuchlayer"), "keep 'nosuchlayer' fits none of the"),
         (("bundle", "-o", "out", "--steps", "5000"), "steps 5000 is not available"),
+        (("bundle", "-o", "out", "--steps", "1", "--samples", "3"), "are not possible with 1 step: give 1"),
+        (
+            ("bundle", "-o", "out", "--frames", "5000"),
+            "frames 5000 is not available: a bundle that is run as it is takes 1 to 1024.",
+        ),
         (("bundle", "-o", "out", "--seed", str(2**63 - 1)), "too large for 8 prompts"),
     ],
 )
@@ -59,6 +64,7 @@ def test_what_cannot_work_is_refused_before_anything_is_recorded(place: Path, wo
     made = runner.invoke(app, ["calibrate", *words, *more, *steps, "--precision", "int8", "--json"])
     error = json.loads(made.stdout)["error"]
     assert (made.exit_code in (2, 7), message in error["message"]) == (True, True), error
+    assert "engines" not in error.get("remedy", ""), "nothing is built here"
     assert tree(place) == before
     assert not (place / "out.work").exists()
 
