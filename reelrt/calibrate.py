@@ -99,7 +99,7 @@ def calibrate(
     from reelrt.bundle.manifest import Bundle
     from reelrt.calibration.audit import ERROR
     from reelrt.calibration.prompt_sets import default_prompts, read_prompts, warn_if_alike
-    from reelrt.calibration.trajectories import count_samples, estimate_bytes, record
+    from reelrt.calibration.recording import count_samples, estimate_bytes, record
 
     began = time.monotonic()
     given = {
@@ -257,7 +257,8 @@ def _check_start(
         InputError: The wrong weights, too few samples, a pattern that fits no layer.
         BackendError: ModelOpt is not installed.
     """
-    from reelrt.calibration.bundles import check_ranges, check_source
+    from reelrt.calibration.bundles import check_ranges
+    from reelrt.calibration.calibrated import check_source
     from reelrt.calibration.fp16 import check_auditable
 
     if precision == "fp16":

@@ -20,10 +20,11 @@ from reelrt.calibration.int8 import quantise
 from reelrt.calibration.layers import find_layers
 from reelrt.calibration.ranges import METHODS, Method
 from reelrt.calibration.recorder import open_graph
+from reelrt.calibration.recording import record
 from reelrt.calibration.sensitivity import sweep
 from reelrt.calibration.smoothing import candidates, channel_peaks, write_smoothed
 from reelrt.calibration.streaming import measure
-from reelrt.calibration.trajectories import Trajectories, record
+from reelrt.calibration.trajectories import Trajectories
 from reelrt.errors import CalibrationError, InputError
 from reelrt.runtime.unbuilt import open_pipeline
 from tests.commands import reelrt, stop, tree

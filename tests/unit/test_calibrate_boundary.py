@@ -7,13 +7,15 @@ import resource
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from reelrt.calibration.pairs import from_file
 from reelrt.calibration.prompt_sets import MOST_CHARACTERS, read_prompts
+from reelrt.calibration.recorder import Feed
 from reelrt.calibration.sensitivity import sweep
-from reelrt.calibration.trajectories import Trajectories, _write
+from reelrt.calibration.trajectories import Trajectories, write_prompt
 from reelrt.cli import app
 from reelrt.errors import InputError, IntegrityError
 from tests.commands import tree
@@ -115,11 +117,13 @@ def test_too_small_a_disk_is_told_before_a_folder_is_made(place: Path, monkeypat
 
 
 def test_a_disk_that_fills_up_while_recording_is_named(tmp_path: Path) -> None:
+    latents, ids = np.zeros((4, 2, 8, 8), np.float32), np.zeros((2, 77), np.int64)
+    feed = Feed(latents[None], np.zeros((1, 9), np.float32), 0, np.zeros((2, 77, 8), np.float32))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
         with pytest.raises(OSError, match="File too large") as failed:
-            _write(tmp_path / "prompt", bytes(1000))
+            write_prompt(tmp_path / "prompt", [(0, feed)], ids, latents, latents)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert failed.value.filename == str(tmp_path / "prompt")
