@@ -103,7 +103,7 @@ def calibrate(folder: Path) -> None:
     """INT8 weights and activations, their ranges found at a small size."""
     from reelrt.calibration.bundles import calibrate_int8
     from reelrt.calibration.prompt_sets import default_prompts
-    from reelrt.calibration.trajectories import record
+    from reelrt.calibration.recording import record
 
     source = folder / "bundle-fp32"
     trajectories = record(

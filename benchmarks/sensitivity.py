@@ -27,8 +27,9 @@ from reelrt.calibration.int8 import quantise
 from reelrt.calibration.layers import Layer, find_layers, kept_by_default
 from reelrt.calibration.prompt_sets import default_prompts
 from reelrt.calibration.ranges import Method
+from reelrt.calibration.recording import record
 from reelrt.calibration.sensitivity import final_latents, plot, relative_error, sweep
-from reelrt.calibration.trajectories import Trajectories, record
+from reelrt.calibration.trajectories import Trajectories
 
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "build" / "bundle"

@@ -244,6 +244,11 @@ class EngineSet:
         """The compiled schedules, read from disk."""
         return Schedules.load(self.folder / SCHEDULES)
 
+    @property
+    def is_built(self) -> bool:
+        """Whether its engines were built; those of a bundle that is run as it is were not."""
+        return any(engine.key for engine in self.engines.values())
+
     def save(self, version: str) -> None:
         """Hash the folder's files and write the manifest beside them."""
         engines = {}

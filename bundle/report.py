@@ -15,6 +15,7 @@ from typing import Any
 
 from reelrt.bundle.manifest import Bundle
 from reelrt.errors import IntegrityError
+from reelrt.wording import counted
 
 QUALITY = "quality.json"
 KIND = "quality"
@@ -92,7 +93,7 @@ class Check:
     def __str__(self) -> str:
         number = "{:.5f}" if not self.unit else "{:+.1f} " + self.unit
         measured, least = number.format(self.measured), number.format(self.least)
-        return f"{self.name} at {self.steps} steps is {measured} (at least {least})"
+        return f"{self.name} at {counted(self.steps, 'step')} is {measured} (at least {least})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,13 +203,14 @@ class Range:
         if not (all(map(is_whole, sizes)) and 0 < self.min <= self.opt <= self.max):
             raise ValueError(f"{sizes} is not a range of sizes")
 
-    def check(self, name: str, value: int, unit: int = 1) -> None:
+    def check(self, name: str, value: int, unit: int = 1, built: bool = True) -> None:
         """Refuse a size outside the range.
 
         Args:
             name: What the user calls this size.
             value: The size, in cells of the axis.
             unit: What one cell is to the user (8 pixels, say), for the message.
+            built: Whether it is of an engine, which can be built for another range; else of a bundle.
 
         Raises:
             RangeError: The value is outside; the message names the allowed range.
@@ -217,8 +218,11 @@ class Range:
         if self.min <= value <= self.max:
             return
         low, high = self.min * unit, self.max * unit
-        allowed = f"these engines take {low}" if low == high else f"these engines take {low} to {high}"
-        raise RangeError(name, value * unit, allowed, "Build engines with a profile that covers it.")
+        whose, remedy = "these engines take", "Build engines with a profile that covers it."
+        if not built:
+            whose, remedy = "a bundle that is run as it is takes", "Choose one in this range."
+        allowed = f"{whose} {low}" if low == high else f"{whose} {low} to {high}"
+        raise RangeError(name, value * unit, allowed, remedy)
 
 
 Profile = Mapping[str, Range]

@@ -22,6 +22,7 @@ from reelrt.calibration.probes import LARGEST, Graph
 from reelrt.errors import BackendError, CalibrationError
 from reelrt.progress import Progress, silent
 from reelrt.runtime.session import Array
+from reelrt.wording import counted
 
 ERROR = 0.01
 """Most that FP16 alone may change in a layer's output, relative to the output's length."""
@@ -228,8 +229,8 @@ def _whole(
             error = _difference(np.asarray(want), np.asarray(have))
             if not math.isfinite(error):
                 raise CalibrationError(
-                    f"{name} of {path.name} is not finite in FP16, although {len(keep)} layers stay FP32, "
-                    f"for {feed.prompt!r}.",
+                    f"{name} of {path.name} is not finite in FP16, with "
+                    f"{counted(len(keep), 'layer')} kept in FP32, for {feed.prompt!r}.",
                     "Run `reelrt calibrate --precision fp16` on more prompts.",
                 )
             if error >= found[name]["error"]:

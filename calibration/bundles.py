@@ -1,29 +1,33 @@
 """An FP32 bundle and its trajectories become an INT8 bundle, with what was decided and why.
 
 The step is quantised but for the layers that stay in FP32: those that a sweep of their sensitivity
-names, or the default of the model's family. Text encoder and VAE decoder are quantised, measured on
-prompts that no range came from, and used only if they hold. What is not quantised stays FP32.
+names, or the default of the model's family. Text encoder and VAE decoder are INT8 only if they hold.
+What is not quantised stays FP32. Knows nothing of a bundle's files.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
-from reelrt import __version__
 from reelrt.bundle.files import atomic_folder
 from reelrt.bundle.manifest import Bundle, Pipeline, Stage
 from reelrt.bundle.spec import StageSpec
 from reelrt.calibration import qdq
 from reelrt.calibration.audit import ERROR
-from reelrt.calibration.fp16 import audit, check_error, heeding
+from reelrt.calibration.calibrated import (
+    Calibrated,
+    audited,
+    check_source,
+    copy_files,
+    final_error,
+    finish,
+    made_from,
+)
+from reelrt.calibration.fp16 import check_error
 from reelrt.calibration.int8 import MODELOPT_BYTES, check_installed, prepare
 from reelrt.calibration.layers import (
     Layer,
@@ -33,52 +37,21 @@ from reelrt.calibration.layers import (
     matching,
     unfused,
 )
+from reelrt.calibration.other_stages import HOLDS, try_int8
 from reelrt.calibration.ranges import Method
-from reelrt.calibration.recorder import open_graph
-from reelrt.calibration.sensitivity import (
-    Sensitivity,
-    check_budget,
-    final_latents,
-    plot,
-    relative_error,
-    sweep,
-)
+from reelrt.calibration.sensitivity import Sensitivity, check_budget, plot, sweep
 from reelrt.calibration.smoothing import Smoothing, candidates, channel_peaks, check_alpha, write_smoothed
-from reelrt.calibration.trajectories import Trajectories, fingerprint
-from reelrt.errors import CalibrationError, InputError
+from reelrt.calibration.trajectories import Trajectories
+from reelrt.errors import InputError
 from reelrt.progress import Progress, silent
-from reelrt.runtime.session import Array
 
-REPORT, PLOT, SWEEP = "calibration.json", "sensitivity.png", "sensitivity.json"
+PLOT, SWEEP = "sensitivity.png", "sensitivity.json"
 
 MIN_SAMPLES = 16
 """Fewer samples than this are no ground for ranges."""
-CHECKED_PROMPTS = 2
-"""Prompts whose final latents are compared with the recorded ones."""
-CHUNK = 4
-"""Latent frames per call of the VAE decoder."""
-
-HOLDS: Mapping[str, tuple[str, float]] = {
-    "text_encoder": ("relative error of the embeddings (RMS)", 0.01),
-    "vae_decoder": ("relative error of the frames (RMS)", 0.01),
-}
-"""Stage to what is measured of its INT8 version and the most that is allowed for it to be used."""
 
 WeightQuantiser = Callable[[Path, Path, StageSpec], Any]
 """Writes a graph whose weights alone are INT8: source, target, the stage's boundary."""
-
-
-@dataclass(frozen=True, slots=True)
-class Calibrated:
-    """A calibrated bundle and what was decided.
-
-    Attributes:
-        bundle: The bundle on disk.
-        report: What its `calibration.json` holds.
-    """
-
-    bundle: Bundle
-    report: Mapping[str, Any]
 
 
 def calibrate_int8(
@@ -151,32 +124,31 @@ def calibrate_int8(
     reasons = dict.fromkeys(declined, "it has no INT8 arithmetic")
     reasons |= _reasons(able, bundle.pipeline, sensitivity, budget, keep)
     with atomic_folder(output, Bundle.kind) as folder:
-        _copy(bundle, folder, without=_files(bundle, stage))
+        copy_files(bundle, folder, without=stage)
         nodes = {node for layer in layers if layer.name not in reasons for node in layer.nodes}
         weight_bytes = quantised.write(nodes, folder / stage.file)
         step = replace(stage, precision="int8", weight_bytes=weight_bytes)
         stages: Mapping[str, Stage] = {**bundle.stages, "step": step}
         others = {}
         for name in HOLDS:
-            others[name], other = _other(bundle, trajectories, name, folder, method, progress)
+            others[name], other = try_int8(bundle, trajectories, name, folder, method, progress)
             stages = {**stages, name: other or bundle.stages[name]}
-        error = _checked(bundle, folder / stage.file, trajectories, progress)
         report = {
-            **_head(bundle, trajectories),
+            **made_from(bundle, trajectories),
             "precision": "int8",
             "method": method,
             "budget": budget,
             "layers": {"quantised": len(layers) - len(reasons), "kept_fp32": reasons},
             "nodes": {"quantised": len(nodes), "all": sum(len(layer.nodes) for layer in layers)},
-            "final_latents": {"relative_error": error, "prompts": CHECKED_PROMPTS},
+            "final_latents": final_error(bundle, folder / stage.file, trajectories, progress),
             "other_stages": others,
             "smoothing": smoothing.document() if smoothing else None,
             "sensitivity": sensitivity.document() if sensitivity else None,
         }
         if sensitivity:
             plot(sensitivity, list(reasons), folder / PLOT)
-        stages, report = _audited(bundle, folder, stages, trajectories, fp16_error, report, progress)
-        _finish(bundle, folder, stages, report)
+        stages, report = audited(bundle, folder, stages, trajectories, fp16_error, report, progress)
+        finish(bundle, folder, stages, report)
     return Calibrated(Bundle.load(output, check=False), report)
 
 
@@ -266,7 +238,7 @@ def calibrate_weights(
         trajectories.check(bundle)
     stage = bundle.stages["step"]
     with atomic_folder(output, Bundle.kind) as folder:
-        _copy(bundle, folder, without=_files(bundle, stage))
+        copy_files(bundle, folder, without=stage)
         progress("weights", 0, 1)
         quantiser(bundle.folder / stage.file, folder / stage.file, stage.spec)
         progress("weights", 1, 1)
@@ -277,48 +249,11 @@ def calibrate_weights(
         }
         report: dict[str, Any] = {"precision": "int8-weights"}
         if trajectories is not None:
-            error = _checked(bundle, folder / stage.file, trajectories, progress)
-            report = {**_head(bundle, trajectories), **report}
-            report["final_latents"] = {"relative_error": error, "prompts": CHECKED_PROMPTS}
-            stages, report = _audited(bundle, folder, stages, trajectories, fp16_error, report, progress)
-        _finish(bundle, folder, stages, report)
+            report = {**made_from(bundle, trajectories), **report}
+            report["final_latents"] = final_error(bundle, folder / stage.file, trajectories, progress)
+            stages, report = audited(bundle, folder, stages, trajectories, fp16_error, report, progress)
+        finish(bundle, folder, stages, report)
     return Calibrated(Bundle.load(output, check=False), report)
-
-
-def _audited(
-    bundle: Bundle,
-    folder: Path,
-    stages: Mapping[str, Stage],
-    trajectories: Trajectories,
-    error: float | None,
-    report: Mapping[str, Any],
-    progress: Progress,
-) -> tuple[Mapping[str, Stage], dict[str, Any]]:
-    """The stages with the layers that FP16 would harm, and the report with their number."""
-    if error is None:
-        return stages, {**report, "fp16_audit": None}
-    audits = audit(folder, stages, trajectories, error=error, progress=progress)
-    kept = {name: len(found.keep) for name, found in audits.items()}
-    return heeding(bundle, stages, audits, error, folder), {
-        **report,
-        "fp16_audit": {"error": error, "kept_fp32": kept},
-    }
-
-
-def check_source(bundle: Bundle, output: Path) -> None:
-    """Refuse, before anything is recorded, a bundle that cannot be calibrated to a place.
-
-    Raises:
-        InputError: Not FP32, or the output is the bundle itself.
-    """
-    for name, stage in bundle.stages.items():
-        if stage.precision != "fp32":
-            raise InputError(
-                f"{name} of {bundle.folder} is {stage.precision}; calibrating starts from FP32 weights.",
-                "Export the model with `--precision fp32`.",
-            )
-    if output.resolve() == bundle.folder.resolve():
-        raise InputError(f"{output} is the bundle itself.", "Name another folder to write to.")
 
 
 def check_ranges(bundle: Bundle, samples: int, keep: Sequence[str]) -> None:
@@ -372,115 +307,3 @@ def _reasons(
             for name in sensitivity.kept(budget)
         }
     return {**reasons, **dict.fromkeys(matching(layers, keep), "asked for")}
-
-
-def _other(
-    bundle: Bundle,
-    trajectories: Trajectories,
-    name: str,
-    folder: Path,
-    method: Method,
-    progress: Progress,
-) -> tuple[dict[str, Any], Stage | None]:
-    """What quantising another stage costs, and that stage if it holds; its graph is then in the folder."""
-    import onnx
-
-    stage = bundle.stages[name]
-    source = bundle.folder / stage.file
-    count = len(trajectories.settings.prompts)
-    fitted = range(0, count, 2)
-    held_out = range(1, count, 2)
-    what, allowed = HOLDS[name]
-    nodes = [node.name for node in qdq.quantisable(onnx.load(source, load_external_data=False).graph)]
-    try:
-        quantised = prepare(
-            source,
-            nodes,
-            lambda: _stage_feeds(trajectories, name, fitted),
-            sum(1 for _ in _stage_feeds(trajectories, name, fitted)),
-            method=method,
-            progress=progress,
-            what=name,
-        )
-    except CalibrationError as failure:
-        return {"used": False, "measured": what, "error": None, "allowed": allowed, "why": str(failure)}, None
-    with TemporaryDirectory(prefix="reelrt-int8-") as scratch:
-        target = Path(scratch) / stage.file
-        quantised.write(quantised.nodes, target)
-        error = _stage_error(source, target, stage, _stage_feeds(trajectories, name, held_out))
-    used = error <= allowed
-    found = {"measured": what, "error": error, "allowed": allowed, "prompts": len(held_out), "used": used}
-    if not used:
-        return found, None
-    weight_bytes = quantised.write(quantised.nodes, folder / stage.file)
-    return found, replace(stage, precision="int8", weight_bytes=weight_bytes)
-
-
-def _stage_feeds(
-    trajectories: Trajectories, name: str, prompts: Sequence[int]
-) -> Iterator[Mapping[str, Array]]:
-    """What a stage read for some of the prompts."""
-    for number in prompts:
-        if name == "text_encoder":
-            for ids in trajectories.tokens(number):
-                yield {"tokens": ids[None]}
-        else:
-            latents = trajectories.latents(number)
-            for begin in range(0, latents.shape[1], CHUNK):
-                yield {"latents": np.ascontiguousarray(latents[None, :, begin : begin + CHUNK])}
-
-
-def _stage_error(source: Path, target: Path, stage: Stage, feeds: Iterator[Mapping[str, Array]]) -> float:
-    """Relative error (RMS) of a stage's outputs against another graph's."""
-    first, second = open_graph(source), open_graph(target)
-    names = list(stage.spec.outputs)
-    expected, found = [], []
-    for feed in feeds:
-        expected += [each.astype(np.float32) for each in first.run(names, dict(feed))]
-        found += [each.astype(np.float32) for each in second.run(names, dict(feed))]
-    return relative_error(found, expected)
-
-
-def _checked(bundle: Bundle, graph: Path, trajectories: Trajectories, progress: Progress) -> float:
-    """Relative error of the final latents against the recorded ones, with the steps of the recording."""
-    count = min(CHECKED_PROMPTS, len(trajectories.settings.prompts))
-    progress("check", 0, 1)
-    found = final_latents(bundle, graph, trajectories, trajectories.settings.steps, count)
-    progress("check", 1, 1)
-    return relative_error(found, [trajectories.latents(number) for number in range(count)])
-
-
-def _head(bundle: Bundle, trajectories: Trajectories) -> dict[str, Any]:
-    settings = trajectories.settings
-    return {
-        "reelrt": __version__,
-        "model": bundle.pipeline.model.name,
-        "bundle": bundle.sha256,
-        "prompts": len(settings.prompts),
-        "prompts_sha256": fingerprint(settings.prompts),
-        "samples": len(trajectories),
-        "steps": settings.steps,
-        "guidance": settings.guidance,
-        "seed": settings.seed,
-        "size": settings.size,
-        "frames": settings.frames,
-    }
-
-
-def _copy(bundle: Bundle, folder: Path, without: Sequence[str]) -> None:
-    for name in bundle.files:
-        if name in without:
-            continue
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(bundle.folder / name, folder / name)
-
-
-def _files(bundle: Bundle, stage: Stage) -> list[str]:
-    return [name for name in bundle.files if name == stage.file or name.startswith(f"{stage.file}.")]
-
-
-def _finish(bundle: Bundle, folder: Path, stages: Mapping[str, Stage], report: Mapping[str, Any]) -> None:
-    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    weight_bytes = sum(stage.weight_bytes for stage in stages.values())
-    pipeline = replace(bundle.pipeline, model=replace(bundle.pipeline.model, weight_bytes=weight_bytes))
-    Bundle(folder, pipeline, stages).save(__version__)

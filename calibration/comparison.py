@@ -19,6 +19,7 @@ from reelrt.calibration.fidelity import median_interval, paired_difference, spre
 from reelrt.calibration.pairs import Asked, Kept, Pair, measure_pair
 from reelrt.calibration.sides import Side
 from reelrt.progress import Progress, silent
+from reelrt.wording import counted
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,7 +125,7 @@ def compare(
     """
     runs = []
     for count in steps:
-        what, pairs = f"videos at {count} steps", list[Pair]()
+        what, pairs = f"videos at {counted(count, 'step')}", list[Pair]()
         progress(what, 0, 2 * len(asked))
         for index, each in enumerate(asked):
             pair = kept.find(each, count)
@@ -254,6 +255,7 @@ def _speed(
         verdict = "slower than" if low > 1 else "faster than" if high < 1 else verdict
         certain = f"; its time is {low:.2f} to {high:.2f} times the reference's (95 % interval)"
     return (
-        f"The candidate is {verdict} the reference on {backend}: denoising a video in {steps} steps took "
+        f"The candidate is {verdict} the reference on {backend}: denoising a video in "
+        f"{counted(steps, 'step')} took "
         f"{seconds['candidate']:.2f} s against {seconds['reference']:.2f} s (medians){certain}."
     )

@@ -114,7 +114,7 @@ def quantise(
         types = {node.name: node.op_type for node in model.graph.node}
         names = ", ".join(f"{name} ({types.get(name, 'gone')})" for name in nodes[:5])
         raise CalibrationError(
-            f"ModelOpt quantises none of the {len(nodes)} nodes of {source.name}: {names}"
+            f"ModelOpt can quantise none of these nodes of {source.name}: {names}"
             f"{', ...' if len(nodes) > 5 else ''}.",
         )
     return model

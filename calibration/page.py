@@ -12,6 +12,7 @@ from typing import Any
 
 from reelrt.bundle.report import KIND
 from reelrt.calibration.fidelity import PSNR_CAP
+from reelrt.wording import counted
 
 TEMPLATE = Path(__file__).with_name("quality.html.jinja")
 CAPTIONS = {
@@ -46,6 +47,7 @@ def render(
         decibels=lambda value: f"{value:.1f} dB" if value < PSNR_CAP else "equal",
         error=lambda share: f"{100 * share:.3g} %",
         mebibytes=lambda count: f"{count / 2**20:,.1f} MiB",
+        counted=counted,
         measured=lambda check, name: f"{check[name]:+.1f}" if check["unit"] else f"{check[name]:.5f}",
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))

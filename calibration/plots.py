@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reelrt.bundle.report import TARGETS
+from reelrt.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,7 +97,7 @@ def _png(draw: Callable[[Sequence[Axes], Document, Theme], None], report: Docume
         grid = figure.subplots(1, len(report["runs"]), sharey=True, squeeze=False)
         draw(grid[0], report, theme)
         for axes, run in zip(grid[0], report["runs"], strict=True):
-            axes.set_title(f"{run['steps']} steps", fontsize=11)
+            axes.set_title(counted(run["steps"], "step"), fontsize=11)
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         return _saved(figure)

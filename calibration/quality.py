@@ -34,6 +34,7 @@ from reelrt.errors import BackendError, InputError, IntegrityError
 from reelrt.progress import Progress, silent
 from reelrt.runtime.noise import check_seed
 from reelrt.runtime.video import check_writable
+from reelrt.wording import counted
 
 log = logging.getLogger("reelrt")
 
@@ -316,6 +317,6 @@ def _sheet(document: Mapping[str, Any], run: Run) -> bytes:
     above, below = (
         f"{document[side]['folder']} ({document[side]['precision']})" for side in ("reference", "candidate")
     )
-    title = f"{run.steps} steps, the least alike first; above: {above}, below: {below}"
+    title = f"{counted(run.steps, 'step')}, the least alike first; above: {above}, below: {below}"
     contact_sheet(rows, title=title).save(file, format="PNG")
     return file.getvalue()

@@ -24,6 +24,7 @@ from reelrt.runtime.request import Limits
 from reelrt.runtime.session import Array, Float32, Sessions, StepSession
 from reelrt.runtime.unbuilt import as_engines, open_pipeline
 from reelrt.runtime.video import Video
+from reelrt.wording import counted
 
 GEOMETRY = ("latent_channels", "spatial_scale", "tokens", "text_width", "frames", "height", "width")
 """What of a model's geometry has to be alike for two trajectories to be comparable."""
@@ -153,7 +154,7 @@ class Side:
         try:
             video = self.pipe.generate(prompt, seed=seed, steps=steps, guidance=guidance, solver=solver)
         except BackendError as error:
-            request = f"{steps} steps, seed {seed}, {prompt!r}"
+            request = f"{counted(steps, 'step')}, seed {seed}, {prompt!r}"
             raise BackendError(f"{self.folder} failed at {request}: {error.message}", error.remedy) from error
         return video, self.recorder.latents
 
@@ -236,7 +237,7 @@ def check_alike(
         one, other = (side.schedules.get(solver, count) for side in sides)
         if not _same_schedule(one, other):
             raise InputError(
-                f"{names} hold different schedules of {solver} at {count} steps.",
+                f"{names} hold different schedules of {solver} at {counted(count, 'step')}.",
                 "Export both from the same model with the same version of diffusers.",
             )
 

@@ -79,7 +79,7 @@ def measure(
         node for node in qdq.quantisable(graph) if node.name in nodes and _has_int8_arithmetic(node, weights)
     ]
     if not chosen:
-        raise CalibrationError(f"none of the {len(nodes)} nodes of {source.name} has INT8 arithmetic.")
+        raise CalibrationError(f"no node of {source.name} that was asked for has INT8 arithmetic.")
     tensors = dict.fromkeys(name for node in chosen for name in node.input[:2] if name not in weights)
     ranges = collect(source, list(tensors), feeds, count, method=method, progress=progress, what=what)
     return Measured(source, ranges, frozenset(node.name for node in chosen))

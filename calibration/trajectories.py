@@ -1,18 +1,15 @@
-"""Trajectories: what the step graph really reads on its way from noise to a video, kept on disk.
+"""Trajectories: what the step graph really read on its way from noise to a video, kept on disk.
 
-Real prompts go through the real loop; of each, the inputs of the step graph are kept at solver steps
-spread over the whole schedule, without and with the prompt, and what the text encoder and the VAE
-decoder read. One file per prompt, so that a stopped recording goes on where it was. Knows ONNX Runtime
-as what runs a bundle, and nothing of quantisation.
+One file per prompt: the inputs of the step graph at some solver steps, and what the text encoder and the
+VAE decoder read. Knows how they lie on the disk, and not how they come about (`recording.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +19,12 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from reelrt.bundle.files import atomic_files
-from reelrt.bundle.manifest import TOKENIZER, Bundle, Pipeline
-from reelrt.bundle.schedule import first_passes
-from reelrt.calibration.recorder import Feed, Recorder
+from reelrt.bundle.manifest import Bundle
+from reelrt.calibration.recorder import Feed
 from reelrt.errors import InputError, IntegrityError
-from reelrt.progress import Progress, silent
-from reelrt.runtime.noise import MAX_SEED, check_seed
-from reelrt.runtime.request import Limits
 from reelrt.runtime.session import Array, Float32
-from reelrt.runtime.text import Tokenizer
-from reelrt.runtime.unbuilt import as_engines
-
-SAMPLES_PER_PROMPT = 4
-"""Solver steps that are kept of each prompt; with split guidance each gives two samples."""
 
 DOCUMENT = "trajectories.json"
-_GOLDEN = 0.618033988749895
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +82,7 @@ class Trajectories:
         settings: What was recorded.
 
     Args:
-        folder: What `record` wrote.
+        folder: What `reelrt.calibration.recording.record` wrote.
         settings: The same.
     """
 
@@ -110,7 +97,7 @@ class Trajectories:
         Raises:
             IntegrityError: There is none, or a prompt of it is missing or damaged.
         """
-        settings = _read_settings(folder)
+        settings = read_settings(folder)
         if settings is None:
             raise IntegrityError(f"{folder} has no {DOCUMENT}.", "Record it with `reelrt calibrate`.")
         return cls(folder, settings)
@@ -174,7 +161,7 @@ class Trajectories:
 
     @property
     def _paths(self) -> list[Path]:
-        return [_path(self.folder, number) for number in range(len(self.settings.prompts))]
+        return [prompt_file(self.folder, number) for number in range(len(self.settings.prompts))]
 
     def _count(self, path: Path) -> int:
         try:
@@ -186,193 +173,13 @@ class Trajectories:
             ) from error
 
 
-def record(
-    bundle_folder: Path,
-    prompts: Sequence[str],
-    folder: Path,
-    *,
-    steps: int = 25,
-    samples_per_prompt: int = SAMPLES_PER_PROMPT,
-    guidance: float | None = None,
-    seed: int = 0,
-    size: tuple[int, int] | None = None,
-    frames: int | None = None,
-    progress: Progress = silent,
-) -> Trajectories:
-    """Record the trajectories of prompts; goes on where an equal recording was stopped.
-
-    Args:
-        bundle_folder: The bundle, FP32.
-        prompts: What to generate, with the model's own solver.
-        folder: Where to keep them; made if missing.
-        steps: Solver steps of each video.
-        samples_per_prompt: Solver steps to keep of each, at most `steps`.
-        guidance: Guidance scale. Default: the model's own.
-        seed: Of the first video's noise; the next one takes the next.
-        size: Width and height in pixels. Default: the model's own. Ranges can be found at a small one.
-        frames: Of each video. Default: the model's own.
-        progress: Told of the prompts that are done, as `trajectories`.
+def read_settings(folder: Path) -> Settings | None:
+    """What a folder's trajectories depend on; None when there are none.
 
     Raises:
-        InputError: No prompts, an impossible number, not enough disk, or a folder that holds another
-            recording.
-        IntegrityError: Not a bundle, or a damaged one.
-        CalibrationError: The network produced numbers that are not finite; says at which step and layer.
+        InputError: The folder is a file.
+        IntegrityError: Its list is damaged.
     """
-    bundle = Bundle.load(bundle_folder)
-    settings = Settings(
-        bundle=bundle.sha256,
-        model=bundle.pipeline.model.name,
-        prompts=tuple(prompts),
-        steps=steps,
-        samples_per_prompt=samples_per_prompt,
-        guidance=bundle.pipeline.guidance if guidance is None else guidance,
-        seed=seed,
-        size=size,
-        frames=frames,
-    )
-    _check(settings, bundle)
-    _prepare(folder, settings, bundle)
-    missing = [number for number in range(len(prompts)) if not _path(folder, number).exists()]
-    progress("trajectories", len(prompts) - len(missing), len(prompts))
-    if missing:
-        recorder = Recorder(bundle)
-        tokenizer = Tokenizer(bundle_folder / TOKENIZER, bundle.pipeline)
-        for done, number in enumerate(missing, len(prompts) - len(missing) + 1):
-            feeds: list[tuple[int, Feed]] = []
-            wanted = set(stratified(steps, samples_per_prompt, number))
-
-            def keep(feed: Feed, feeds: list[tuple[int, Feed]] = feeds, wanted: set[int] = wanted) -> None:
-                index = solver_step(feed.table, feed.row)
-                if index in wanted:
-                    feeds.append((index, feed.copy()))
-
-            with recorder.listen(keep):
-                latents = recorder.denoise(
-                    prompts[number],
-                    steps=steps,
-                    guidance=settings.guidance,
-                    seed=seed + number,
-                    size=size,
-                    frames=frames,
-                )
-            ids = np.stack([tokenizer(text).ids for text in ("", prompts[number])])
-            _write(_path(folder, number), _packed(feeds, ids, recorder.started, latents))
-            progress("trajectories", done, len(prompts))
-    return Trajectories(folder, settings)
-
-
-def stratified(steps: int, count: int, number: int) -> list[int]:
-    """Solver steps spread over the whole schedule: one of each of `count` equal parts of it.
-
-    Where in its part differs from prompt to prompt by the golden ratio, so that a few prompts already
-    cover every step.
-
-    Args:
-        steps: Solver steps of the schedule.
-        count: How many to choose, at most `steps`.
-        number: Of the prompt.
-    """
-    shift = (number * _GOLDEN) % 1
-    return [int((part + shift) * steps / count) for part in range(count)]
-
-
-def solver_step(table: Float32, row: int) -> int:
-    """The solver step that a row of a table [S, K] belongs to; split guidance has two rows for one."""
-    return int((~first_passes(table[:row])).sum()) if row else 0
-
-
-def estimate_bytes(
-    pipeline: Pipeline,
-    prompts: int,
-    samples_per_prompt: int = SAMPLES_PER_PROMPT,
-    guidance: float | None = None,
-    size: tuple[int, int] | None = None,
-    frames: int | None = None,
-) -> int:
-    """Bytes that `record` will write.
-
-    Args:
-        pipeline: Of the bundle.
-        prompts: Number of prompts.
-        samples_per_prompt: Solver steps kept of each.
-        guidance: Guidance scale. Default: the model's own.
-        size: Width and height in pixels. Default: the model's own.
-        frames: Of each video. Default: the model's own.
-    """
-    geometry = pipeline.geometry
-    width, height = size or (geometry.width, geometry.height)
-    cells = (height // geometry.spatial_scale) * (width // geometry.spatial_scale)
-    latents = 4 * geometry.latent_channels * (frames or geometry.frames) * cells
-    sample = latents * geometry.state_rows + 4 * geometry.table_columns + 8
-    text = 2 * geometry.tokens * (4 * geometry.text_width + 8)
-    samples = count_samples(pipeline, prompts, samples_per_prompt, guidance)
-    return samples * sample + prompts * (2 * latents + text)
-
-
-def count_samples(
-    pipeline: Pipeline, prompts: int, samples_per_prompt: int, guidance: float | None = None
-) -> int:
-    """Samples that `record` will keep; arguments as `estimate_bytes`."""
-    guided = (pipeline.guidance if guidance is None else guidance) != 1
-    return prompts * samples_per_prompt * (2 if pipeline.cfg == "split" and guided else 1)
-
-
-def _check(settings: Settings, bundle: Bundle) -> None:
-    check_seed(settings.seed)
-    if settings.seed + len(settings.prompts) - 1 > MAX_SEED:
-        raise InputError(
-            f"seed {settings.seed} is too large for {len(settings.prompts)} prompts: each takes the next one."
-        )
-    limits = Limits(as_engines(bundle))
-    limits.latent_shape(settings.frames, settings.size)
-    if not settings.prompts:
-        raise InputError("there are no prompts to record.", "Give a file with one prompt per line.")
-    if settings.steps < 1:
-        raise InputError(f"steps {settings.steps} is not possible: give 1 or more.")
-    if not 1 <= settings.samples_per_prompt <= settings.steps:
-        raise InputError(
-            f"{settings.samples_per_prompt} samples per prompt are not possible with {settings.steps} "
-            f"steps: give 1 to {settings.steps}."
-        )
-    limits.table(bundle.pipeline.solver, settings.steps, settings.guidance)
-
-
-def _prepare(folder: Path, settings: Settings, bundle: Bundle) -> None:
-    """Make the folder, or see that it holds the beginning of this very recording."""
-    found = _read_settings(folder)
-    if found is not None and found != settings:
-        other = [name for name, value in asdict(settings).items() if getattr(found, name) != value]
-        raise InputError(
-            f"{folder} holds trajectories with other {', '.join(other)}.",
-            "Name another folder with --work, or remove that one.",
-        )
-    needed = estimate_bytes(
-        bundle.pipeline,
-        len(settings.prompts),
-        settings.samples_per_prompt,
-        settings.guidance,
-        settings.size,
-        settings.frames,
-    )
-    there = next(each for each in (folder, *folder.resolve().parents) if each.exists())
-    try:
-        free = shutil.disk_usage(there).free
-        if found is None and free < needed:
-            raise InputError(
-                f"the trajectories need {needed / 2**20:,.0f} MiB; "
-                f"{folder} has {free / 2**20:,.0f} MiB free.",
-                "Give fewer prompts or samples, or another folder with --work.",
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        if found is None:
-            with atomic_files([folder / DOCUMENT]) as (path,):
-                path.write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}.") from error
-
-
-def _read_settings(folder: Path) -> Settings | None:
     path = folder / DOCUMENT
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -391,33 +198,44 @@ def _read_settings(folder: Path) -> Settings | None:
         ) from error
 
 
-def _path(folder: Path, number: int) -> Path:
+def prompt_file(folder: Path, number: int) -> Path:
+    """Where a prompt's recording lies, by its place among the prompts."""
     return folder / f"prompt-{number:04d}.safetensors"
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_prompt(
+    path: Path,
+    feeds: Sequence[tuple[int, Feed]],
+    ids: npt.NDArray[np.int64],
+    noise: Float32,
+    latents: Float32,
+) -> None:
+    """Write what was recorded of one prompt.
+
+    Args:
+        path: The prompt's file; it appears when it is whole.
+        feeds: Solver step and what the step graph read there, in the order of the schedule.
+        ids: What the text encoder read, int64 [2, L].
+        noise: Starting latents [C, F, h, w].
+        latents: Final latents [C, F, h, w].
+
+    Raises:
+        OSError: It cannot be written; names the file.
+    """
+    data = {
+        "state": np.stack([feed.state for _, feed in feeds]),
+        "table": np.stack([feed.table[feed.row][None] for _, feed in feeds]),
+        "index": np.array([index for index, _ in feeds], np.int64),
+        "text": np.ascontiguousarray(feeds[0][1].text),
+        "tokens": ids,
+        "noise": noise,
+        "latents": np.ascontiguousarray(latents),
+    }
     try:
         with atomic_files([path]) as (partial,):
-            partial.write_bytes(data)
+            partial.write_bytes(save(data))
     except OSError as error:  # a full disk does not say where
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _packed(
-    feeds: Sequence[tuple[int, Feed]], ids: npt.NDArray[np.int64], noise: Float32, latents: Float32
-) -> bytes:
-    """A prompt's file."""
-    return save(
-        {
-            "state": np.stack([feed.state for _, feed in feeds]),
-            "table": np.stack([feed.table[feed.row][None] for _, feed in feeds]),
-            "index": np.array([index for index, _ in feeds], np.int64),
-            "text": np.ascontiguousarray(feeds[0][1].text),
-            "tokens": ids,
-            "noise": noise,
-            "latents": np.ascontiguousarray(latents),
-        }
-    )
 
 
 def fingerprint(prompts: Sequence[str]) -> str:

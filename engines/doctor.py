@@ -28,6 +28,7 @@ from reelrt.engines.backends import (
 )
 from reelrt.errors import BackendError, IntegrityError
 from reelrt.jetson.device import Device, detect
+from reelrt.wording import counted
 
 Status = Literal["ok", "warn", "missing"]
 
@@ -102,7 +103,9 @@ def _machine(device: Device, folder: Path) -> list[Check]:
         Check(
             "Python", "ok" if supported else "warn", python, "" if supported else "Use Python 3.10 to 3.13."
         ),
-        Check("CPU", "ok", f"{device.cpu}, {device.cpu_cores} cores, {' '.join(device.cpu_features)}"),
+        Check(
+            "CPU", "ok", f"{device.cpu}, {counted(device.cpu_cores, 'core')}, {' '.join(device.cpu_features)}"
+        ),
         _gpu(device),
         *([Check("Jetson", "ok", f"{device.jetson}, JetPack {device.jetpack}")] if device.jetson else []),
         Check(

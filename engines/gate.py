@@ -21,6 +21,7 @@ from reelrt.bundle.report import (
     is_int8,
 )
 from reelrt.errors import IntegrityError, QualityError
+from reelrt.wording import counted
 
 log = logging.getLogger("reelrt")
 
@@ -66,9 +67,9 @@ def check_quality(bundle: Bundle, gate: bool = True) -> Passed:
         return Passed({"measured": NOT_MEASURED} if needed else {}, attached=False)
     if report.prompts < PROMPTS:
         log.warning(
-            "the quality of %s was measured over %d prompts; the targets are stated for %d",
+            "the quality of %s was measured over %s; the targets are stated for %d",
             bundle.folder,
-            report.prompts,
+            counted(report.prompts, "prompt"),
             PROMPTS,
         )
     if left_out := report.steps_left_out:
@@ -127,8 +128,8 @@ def _check(bundle: Bundle, report: Report | None, precision: str) -> None:
         )
     if report.prompts < LEAST_PROMPTS:
         raise QualityError(
-            f"{bundle.folder / QUALITY} was measured over {report.prompts} prompts; {LEAST_PROMPTS} are the "
-            f"least, and the targets are stated for {PROMPTS}.",
+            f"{bundle.folder / QUALITY} was measured over {counted(report.prompts, 'prompt')}; "
+            f"{LEAST_PROMPTS} are the least, and the targets are stated for {PROMPTS}.",
             f"{measure} {WITHOUT}",
         )
     if report.left_out == REFUSED:

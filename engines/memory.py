@@ -22,6 +22,7 @@ from reelrt.engines.graph_shapes import load_graph
 from reelrt.errors import InputError, PlanError
 from reelrt.jetson.boards import GIB
 from reelrt.jetson.targets import Target
+from reelrt.wording import counted
 
 if TYPE_CHECKING:
     import onnx
@@ -368,7 +369,8 @@ def check_fits(planner: Planner, video: Video, weight_streaming: bool = True) ->
 def does_not_fit(plan: Plan, remedies: Sequence[Remedy]) -> PlanError:
     """The error that says so, with the remedies that help."""
     video, least = plan.video, plan.peaks[plan.smallest]
-    what = f"{video.batch} x {video.frames} frames of {video.width}x{video.height} in {video.precision}"
+    frames = counted(video.frames, "frame")
+    what = f"{video.batch} x {frames} of {video.width}x{video.height} in {video.precision}"
     helping = [each for each in remedies if each.fits] or remedies
     offers = "; ".join(f"{each.what} ({_gib(each.peak_bytes)}, {each.policy})" for each in helping)
     kind = "What fits" if helping and helping[0].fits else "Nothing tried fits; closest"

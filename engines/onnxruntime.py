@@ -99,7 +99,19 @@ def _optimise(graph: Path, output: Path, name: str) -> int:
     except Exception as error:  # its exceptions share no base class
         _probe(output, data)
         raise BackendError(f"ONNX Runtime cannot optimise {name}: {_sentence(error)}") from error
+    _name(output)
     return _external_bytes(output, data) or output.stat().st_size
+
+
+def _name(path: Path) -> None:
+    """Name changes of layout by what they give: ONNX Runtime numbers them differently in each process."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "ReorderOutput":
+            node.name = f"{node.op_type}_{node.output[0]}"
+    path.write_bytes(model.SerializeToString())
 
 
 def _external_bytes(graph: Path, data: Path) -> int:

@@ -7,7 +7,7 @@ own it is computed once for both. Knows no files and no backend.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
@@ -51,9 +51,18 @@ def split(graph: ir.Graph) -> tuple[ir.Graph, ir.Graph] | None:
         value.dtype = value.dtype or ir.DataType.FLOAT
     own = [value for value in graph.inputs if value.name != TEXT]
     return (
-        ir.convenience.extract(graph, own, list(cut)),
-        ir.convenience.extract(graph, [*graph.inputs, *cut], list(graph.outputs)),
+        _part(graph, own, list(cut)),
+        _part(graph, [*graph.inputs, *cut], list(graph.outputs)),
     )
+
+
+def _part(graph: ir.Graph, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Graph:
+    """A part of a graph, its weights in the graph's order: onnx-ir gives them in a set's."""
+    part = ir.convenience.extract(graph, inputs, outputs)
+    for name in graph.initializers:
+        if name in part.initializers:
+            part.initializers.add(part.initializers.pop(name))
+    return part
 
 
 def _reached(graph: ir.Graph, start: Collection[ir.Value], sizes: bool = True) -> set[ir.Value]:

@@ -21,6 +21,7 @@ from reelrt.bundle.manifest import MAX_STEPS
 from reelrt.bundle.schedule import Schedule, Schedules
 from reelrt.errors import ModelError
 from reelrt.progress import Progress, silent
+from reelrt.wording import counted
 
 Float64 = npt.NDArray[np.float64]
 
@@ -221,7 +222,8 @@ def _compile(name: str, scheduler: Any, steps: int) -> Schedule | None:
     error = np.abs(found - expected).max() / np.abs(expected).max()
     if not error <= AGREEMENT:
         raise ModelError(
-            f"{SOLVERS[name].scheduler} at {steps} steps is not linear: its recurrence is off by {error:.1e}."
+            f"{SOLVERS[name].scheduler} at {counted(steps, 'step')} is not linear: its recurrence is off by "
+            f"{error:.1e}."
         )
     return schedule
 
@@ -250,7 +252,7 @@ def _read_off(name: str, samples: Float64, model_outputs: Float64) -> tuple[Floa
         remaining = remaining[~exact]
         if not len(remaining):
             return past, seen
-    raise ModelError(f"{SOLVERS[name].scheduler} at {steps} steps is no short linear recurrence.")
+    raise ModelError(f"{SOLVERS[name].scheduler} at {counted(steps, 'step')} is no short linear recurrence.")
 
 
 def _delayed(rows: Float64, count: int) -> list[Float64]:

@@ -12,6 +12,7 @@ import typer
 
 from reelrt.console import Debug, Json, command, note, parse_size, progress_bars, show
 from reelrt.errors import InputError
+from reelrt.wording import counted
 
 if TYPE_CHECKING:
     from reelrt.bundle.manifest import Bundle
@@ -98,7 +99,7 @@ def calibrate(
     from reelrt.bundle.manifest import Bundle
     from reelrt.calibration.audit import ERROR
     from reelrt.calibration.prompt_sets import default_prompts, read_prompts, warn_if_alike
-    from reelrt.calibration.trajectories import count_samples, estimate_bytes, record
+    from reelrt.calibration.recording import count_samples, estimate_bytes, record
 
     began = time.monotonic()
     given = {
@@ -193,7 +194,7 @@ def _check_options(precision: Precision, samples: int, steps: int, given: Collec
         raise InputError(f"steps {steps} is not possible: give 1 or more.")
     if not 1 <= samples <= steps:
         raise InputError(
-            f"{samples} samples per prompt are not possible with {steps} steps: give 1 to {steps}."
+            f"{samples} samples per prompt are not possible with {counted(steps, 'step')}: give 1 to {steps}."
         )
     for option, precisions in APPLIES.items():
         if option in given and precision not in precisions:
@@ -256,7 +257,8 @@ def _check_start(
         InputError: The wrong weights, too few samples, a pattern that fits no layer.
         BackendError: ModelOpt is not installed.
     """
-    from reelrt.calibration.bundles import check_ranges, check_source
+    from reelrt.calibration.bundles import check_ranges
+    from reelrt.calibration.calibrated import check_source
     from reelrt.calibration.fp16 import check_auditable
 
     if precision == "fp16":
@@ -342,20 +344,20 @@ def _brief(report: Mapping[str, Any]) -> dict[str, Any]:
     brief: dict[str, Any] = {}
     if "layers" in report and "method" in report:
         kept = report["layers"]["kept_fp32"]
+        samples, prompts = counted(report["samples"], "sample"), counted(report["prompts"], "prompt")
         brief["layers"] = f"{report['layers']['quantised']} in INT8, {len(kept)} in FP32"
-        brief["ranges"] = f"{report['method']}, {report['samples']} samples of {report['prompts']} prompts"
+        brief["ranges"] = f"{report['method']}, {samples} of {prompts}"
     if "final_latents" in report:
         brief["error of the final latents"] = f"{report['final_latents']['relative_error']:.2%}"
     for name, found in report.get("stages", {}).items() if "settings" in report else ():
         kept = [f"{layer['name']} ({', '.join(layer['reasons'])})" for layer in found["keep_fp32"]]
         more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
         listed = f"FP32 for {'; '.join(kept[:3])}{more}" if kept else "FP16 throughout"
-        brief[name.replace("_", " ")] = f"{found['layers']} layers measured, {listed}"
+        brief[name.replace("_", " ")] = f"{counted(found['layers'], 'layer')} measured, {listed}"
     if report.get("smoothing"):
         smoothed = report["smoothing"]
-        brief["smoothed"] = (
-            f"{smoothed['used']} of {len(smoothed['layers'])} products, alpha {smoothed['alpha']:g}"
-        )
+        products = counted(len(smoothed["layers"]), "product")
+        brief["smoothed"] = f"{smoothed['used']} of {products}, alpha {smoothed['alpha']:g}"
     if "fp16_audit" in report:
         brief["beside INT8"] = _beside(report["fp16_audit"])
     for name, found in report.get("other_stages", {}).items():

@@ -29,6 +29,7 @@ from reelrt.evaluate import evaluate
 from reelrt.plan import plan
 from reelrt.remote import cancel, list_videos, submit, watch
 from reelrt.serve import serve
+from reelrt.wording import counted
 
 app = typer.Typer(
     name="reelrt",
@@ -312,10 +313,11 @@ def _quality(found: Mapping[str, Any]) -> str:
     verdict = {True: "every target reached", False: "a target missed"}
     points = found["adherence_points"]
     worst = f"adherence {min(points.values()):+.1f} points at worst" if points else "adherence not measured"
-    steps = " and ".join(map(str, found["steps"]))
+    *others, last = found["steps"]
+    steps = " and ".join([*map(str, others), counted(last, "step")])
     return (
         f"{verdict.get(found['passed'], 'no target tested')}: SSIM {found['ssim']:.5f}, {worst}, against "
-        f"{found['reference']} over {found['prompts']} prompts at {steps} steps"
+        f"{found['reference']} over {counted(found['prompts'], 'prompt')} at {steps}"
     )
 
 

@@ -12,6 +12,7 @@ import typer
 from reelrt.console import Debug, Json, command, note, parse_size, show
 from reelrt.errors import InputError, PlanError
 from reelrt.jetson.targets import HOST
+from reelrt.wording import counted
 
 if TYPE_CHECKING:
     from reelrt.bundle.manifest import Bundle, EngineSet
@@ -224,10 +225,10 @@ def _compare(planner: Planner, engines: EngineSet) -> dict[str, Any]:
 def _overview(found: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a plan that people read."""
     video, memory, roofline = found["video"], found["memory"], found["roofline"]
-    guidance = f"{video['cfg']} guidance"
+    guidance, frames = f"{video['cfg']} guidance", counted(video["frames"], "frame")
     parts: dict[str, Any] = {
         "target": f"{found['target']} ({found['board']})",
-        "video": f"{video['batch']} x {video['frames']} frames of {video['width']}x{video['height']}, "
+        "video": f"{video['batch']} x {frames} of {video['width']}x{video['height']}, "
         f"{video['precision']}, {guidance}",
         "memory for engines, system deducted_bytes": memory["available_bytes"],
         "CUDA context (an estimate)_bytes": memory["context_bytes"],

@@ -18,6 +18,7 @@ from reelrt.errors import InputError, RangeError
 from reelrt.runtime.device_array import DeviceArray, is_on_device
 from reelrt.runtime.noise import check_seed, draw_seed, starting_noise
 from reelrt.runtime.session import Float32, GpuSessions, Sessions
+from reelrt.wording import counted
 
 Shape = tuple[int, int, int, int]
 
@@ -60,6 +61,7 @@ class Limits:
     def __init__(self, engines: EngineSet) -> None:
         self.pipeline, self.geometry = engines.pipeline, engines.pipeline.geometry
         self.schedules = engines.schedules
+        self._built = engines.is_built
         self._step = engines.engines["step"].profile
         self._decoder = engines.engines["vae_decoder"].profile
 
@@ -83,11 +85,11 @@ class Limits:
         for name, value in (("width", width), ("height", height)):
             if not is_whole(value) or value <= 0 or value % geometry.size_multiple:
                 raise InputError(f"{name} {value!r} is not a multiple of {geometry.size_multiple} pixels.")
-        self._step["frames"].check("frames", frames)
+        self._step["frames"].check("frames", frames, built=self._built)
         scale = geometry.spatial_scale
         for profile in (self._step, self._decoder):
-            profile["width"].check("width", width // scale, scale)
-            profile["height"].check("height", height // scale, scale)
+            profile["width"].check("width", width // scale, scale, self._built)
+            profile["height"].check("height", height // scale, scale, self._built)
         return geometry.latent_channels, int(frames), int(height) // scale, int(width) // scale
 
     def table(self, solver: str, steps: int, guidance: float) -> tuple[Float32, float]:
@@ -258,7 +260,7 @@ def _seeds(seed: Any, count: int) -> list[int]:
         seed = draw_seed()
     if isinstance(seed, list | tuple | range | np.ndarray):
         if len(seed) != count:
-            raise InputError(f"{len(seed)} seeds were given for {count} prompts; give one each.")
+            raise InputError(f"{counted(len(seed), 'seed')} for {counted(count, 'prompt')}; give one each.")
         seeds = [*seed]
     else:
         check_seed(seed)
@@ -282,7 +284,9 @@ def _same_shape(
     scale = limits.geometry.spatial_scale
     own = (width * scale, height * scale)
     if frames not in (None, count):
-        raise InputError(f"frames {frames} was asked for, and latents of {count} frames were given.")
+        raise InputError(
+            f"frames {frames} was asked for, and latents of {counted(count, 'frame')} were given."
+        )
     if size is not None and _pair(size) != own:
         raise InputError(f"size {_pair(size)} was asked for, and latents of size {own} were given.")
     return channels, count, height, width

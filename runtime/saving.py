@@ -18,6 +18,7 @@ from reelrt.errors import InputError
 from reelrt.runtime.formats import Frames
 from reelrt.runtime.ranges import span
 from reelrt.runtime.video import FilePath, check_writable, write_video
+from reelrt.wording import counted
 
 AHEAD = 2
 """Parts of a video that are with the encoder at most: the one it works on, and the next."""
@@ -39,7 +40,9 @@ def targets(save_to: FilePath | Sequence[FilePath] | None, count: int, fps: floa
     except TypeError as error:
         raise InputError(f"save_to {save_to!r} is no path.", "Give one for each prompt.") from error
     if len(paths) != count:
-        raise InputError(f"save_to names {len(paths)} files for {count} prompts; give one each.")
+        raise InputError(
+            f"save_to names {counted(len(paths), 'file')} for {counted(count, 'prompt')}; give one each."
+        )
     for path in paths:
         check_writable(path, fps)
     if len({path.parent.resolve() / path.name for path in paths}) != count:

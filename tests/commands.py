@@ -23,10 +23,11 @@ PROMPT = "a red circle moving right"
 MARK = "REELRT_TEST_MARK"
 
 
-def reelrt(*words: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `reelrt` with some words, in a folder."""
+def reelrt(*words: object, folder: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `reelrt` with some words, in a folder, with further environment variables."""
     command = [sys.executable, "-m", "reelrt", *map(str, words)]
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    environment = {**ENVIRONMENT, **variables}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 @dataclass(frozen=True, slots=True)

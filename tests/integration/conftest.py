@@ -1,30 +1,35 @@
-"""Engine sets of small random models, made once for all tests that run them."""
+"""Bundles and engine sets of small models, made once for all tests that read them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
 import reelrt
+from reelrt.bundle.manifest import Bundle
+from reelrt.bundle.schedule import Schedules
 from reelrt.engines.builder import build_engines
+from reelrt.export import schedules
 from reelrt.export.exporter import export_bundle
 from tests.commands import reelrt as run_reelrt
 from tests.models import MODELS, tiny_model
 
 SHIPPED = Path(__file__).parents[2] / "models" / "moving-shapes"
 SIZES: dict[str, tuple[int | None, tuple[int, int] | None]] = {
-    "tiny": (None, None),
     "small": (16, (64, 64)),
     "odd": (12, (56, 40)),
     SHIPPED.name: (16, (64, 64)),
 }
-"""Model to its largest video, frames and (width, height); None is the model's own."""
+"""Model to its largest video, frames and (width, height)."""
 
+Export = Callable[..., Bundle]
 Made = Callable[[str], tuple[Path, Path]]
 
 
@@ -36,7 +41,31 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def made(shared: Path) -> Made:
+def export_sharing_schedules(shared: Path) -> Export:
+    """`export_bundle`, but a scheduler that was compiled before is not compiled again.
+
+    That takes a quarter of the time in which a small model is exported.
+    """
+    compile_schedules = schedules.compile_schedules
+
+    def compiled(config: Mapping[str, Any], **options: Any) -> Schedules:
+        key = hashlib.sha256(json.dumps(dict(config), sort_keys=True).encode()).hexdigest()
+        file = shared / f"schedules-{key}.safetensors"
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                compile_schedules(config, **options).save(file)
+            return Schedules.load(file)
+
+    def export(source: Path, bundle: Path, **options: Any) -> Bundle:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(schedules, "compile_schedules", compiled)
+            return export_bundle(source, bundle, **options)
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def made(shared: Path, export_sharing_schedules: Export) -> Made:
     """A model's name to its diffusers folder and its engine set, made when first asked for.
 
     They are for reading only: each is made once, by whichever process comes first.
@@ -50,7 +79,7 @@ def made(shared: Path) -> Made:
                 root.mkdir(exist_ok=True)
                 if source != SHIPPED:
                     MODELS[name](source)
-                export_bundle(source, root / "bundle")
+                export_sharing_schedules(source, root / "bundle")
                 frames, size = SIZES[name]
                 engines = root / "engines"
                 build_engines(root / "bundle", engines, backend="onnxruntime", size=size, frames=frames)
@@ -72,22 +101,25 @@ def small_pipe(small_engines: Path) -> reelrt.TextToVideo:
 
 
 @pytest.fixture(scope="session")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `model`, `bundle` and `engines` of the tiniest model, each made by its command."""
-    folder = tmp_path_factory.mktemp("work")
-    tiny_model(folder / "model")
-    exported = run_reelrt("export", "model", "-o", "bundle", "--json", folder=folder)
-    assert exported.returncode == 0, exported.stderr
-    built = run_reelrt(
-        "build", "bundle", "-o", "engines", "--backend", "onnxruntime", "--json", folder=folder
-    )
-    assert built.returncode == 0, built.stderr
-    for made in (exported, built):
-        assert set(json.loads(made.stdout)["stages"]) == {"text_encoder", "step", "vae_decoder"}
+def work(shared: Path) -> Path:
+    """A folder with `model`, `bundle` and `engines` of the tiniest model, each made by its command.
+
+    It is for reading only, as all that is shared.
+    """
+    folder = shared / "work"
+    with FileLock(shared / "work.lock"):
+        if not (folder / "engines").exists():
+            folder.mkdir(exist_ok=True)
+            tiny_model(folder / "model")
+            build = ("build", "bundle", "-o", "engines", "--backend", "onnxruntime", "--json")
+            for words in (("export", "model", "-o", "bundle", "--json"), build):
+                made = run_reelrt(*words, folder=folder)
+                assert made.returncode == 0, made.stderr
+                assert set(json.loads(made.stdout)["stages"]) == {"text_encoder", "step", "vae_decoder"}
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_engines(made: Made) -> Path:
+def tiny_engines(work: Path) -> Path:
     """The engine set of `tests.models.tiny_model`."""
-    return made("tiny")[1]
+    return work / "engines"

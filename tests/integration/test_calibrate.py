@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +20,17 @@ from reelrt.calibration.int8 import quantise
 from reelrt.calibration.layers import find_layers
 from reelrt.calibration.ranges import METHODS, Method
 from reelrt.calibration.recorder import open_graph
+from reelrt.calibration.recording import record
 from reelrt.calibration.sensitivity import sweep
 from reelrt.calibration.smoothing import candidates, channel_peaks, write_smoothed
 from reelrt.calibration.streaming import measure
-from reelrt.calibration.trajectories import Trajectories, record
+from reelrt.calibration.trajectories import Trajectories
 from reelrt.errors import CalibrationError, InputError
 from reelrt.runtime.unbuilt import open_pipeline
 from tests.commands import reelrt, stop, tree
 
 PROMPTS = ["a red circle moving right", "the blue square growing", "one white cross turning", "dots on gray"]
+Quantised = Callable[[Method], onnx.ModelProto]
 QUICK = ("--steps", 4, "--samples", 2, "--prompts", "prompts.txt")
 
 pytestmark = pytest.mark.timeout(600)
@@ -43,30 +47,56 @@ def place(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recorded(place: Path) -> Trajectories:
-    return record(place / "bundle", PROMPTS, place / "recorded", steps=4, samples_per_prompt=2)
+    """At a few frames: ranges may be found at a small size."""
+    return record(place / "bundle", PROMPTS, place / "recorded", steps=4, samples_per_prompt=2, frames=4)
 
 
 @pytest.fixture(scope="module")
-def quantised_once(place: Path, recorded: Trajectories) -> onnx.ModelProto:
-    return _quantised(place, recorded, "max")
+def quantised(place: Path, recorded: Trajectories) -> Quantised:
+    """A method to the step graph with every layer quantised; a copy, because tests take pairs away."""
+
+    @cache
+    def once(method: Method) -> onnx.ModelProto:
+        source = place / "bundle" / "step.onnx"
+        nodes = [node.name for node in qdq.quantisable(onnx.load(source).graph)]
+        return quantise(source, nodes, lambda: (s.inputs for s in recorded), len(recorded), method=method)
+
+    def copied(method: Method) -> onnx.ModelProto:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(once(method))
+        return copy
+
+    return copied
 
 
 @pytest.fixture
-def master(quantised_once: onnx.ModelProto) -> onnx.ModelProto:
-    """The step graph with every layer quantised; a copy, because tests take pairs away."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(quantised_once)
-    return copy
+def master(quantised: Quantised) -> onnx.ModelProto:
+    return quantised("max")
 
 
-def _quantised(place: Path, recorded: Trajectories, method) -> onnx.ModelProto:
-    source = place / "bundle" / "step.onnx"
-    nodes = [node.name for node in qdq.quantisable(onnx.load(source).graph)]
-    return quantise(source, nodes, lambda: (s.inputs for s in recorded), len(recorded), method=method)
+INT8 = ("calibrate", "bundle", "-o", "int8", "--precision", "int8", *QUICK)
 
 
-def test_the_command_writes_a_bundle_that_runs(place: Path) -> None:
-    made = reelrt("calibrate", "bundle", "-o", "int8", "--precision", "int8", *QUICK, "--json", folder=place)
+@pytest.fixture(scope="module")
+def kept(place: Path) -> dict[str, str]:
+    """What is left of a calibration that was stopped while it recorded: some of its trajectories."""
+
+    def half_done(_: str) -> bool:
+        return (place / "int8.work" / "prompt-0001.safetensors").exists()
+
+    before = tree(place)
+    stopped = stop(*INT8, folder=place, when=half_done, number=signal.SIGINT)
+    assert stopped.code == 130, stopped.errors
+    assert not (place / "int8").exists()
+    left = {name: each for name, each in tree(place).items() if not name.startswith("int8.work")}
+    assert left == before
+    return tree(place / "int8.work")
+
+
+def test_the_command_goes_on_where_it_was_stopped_and_writes_a_bundle_that_runs(
+    place: Path, kept: dict[str, str]
+) -> None:
+    made = reelrt(*INT8, "--json", folder=place)
     assert made.returncode == 0, made.stderr
     found = json.loads(made.stdout)
     assert found["report"] == json.loads((place / "int8" / "calibration.json").read_text(encoding="utf-8"))
@@ -74,6 +104,8 @@ def test_the_command_writes_a_bundle_that_runs(place: Path) -> None:
     assert step["precision"] == "int8"
     assert step["weight_bytes"] < 0.6 * step["before_bytes"]
     assert "trajectories take up to" in made.stderr
+    assert "prompt-0001.safetensors" in kept
+    assert kept.items() <= tree(place / "int8.work").items()
 
     bundle = Bundle.load(place / "int8")
     graph = onnx.load(place / "int8" / "step.onnx").graph
@@ -88,13 +120,13 @@ def test_the_command_writes_a_bundle_that_runs(place: Path) -> None:
     assert found["report"]["final_latents"]["relative_error"] == pytest.approx(error, rel=0.7)
     assert 0 < error < 0.5  # random weights are harder on INT8 than trained ones
 
-    again = reelrt("calibrate", "bundle", "-o", "int8", "--precision", "int8", *QUICK, folder=place)
+    again = reelrt(*INT8, folder=place)
     assert (again.returncode, "int8 is up to date" in again.stderr) == (0, True)
 
 
 def test_only_weights_become_int8(place: Path) -> None:
     words = ("calibrate", "bundle", "-o", "weights", "--precision", "int8-weights", *QUICK, "--json")
-    made = reelrt(*words, folder=place)
+    made = reelrt(*words, "--work", "int8.work", folder=place)  # recorded by whoever comes first
     assert made.returncode == 0, made.stderr
     found = json.loads(made.stdout)
     step = found["stages"]["step"]
@@ -107,9 +139,11 @@ def test_only_weights_become_int8(place: Path) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_finds_ranges(place: Path, recorded: Trajectories, method: str) -> None:
+def test_every_method_finds_ranges(
+    place: Path, recorded: Trajectories, quantised: Quantised, method: Method
+) -> None:
     source = place / "bundle" / "step.onnx"
-    model = _quantised(place, recorded, method)
+    model = quantised(method)
     every = qdq.quantised(model.graph)  # ModelOpt leaves convolutions of a few channels out
     assert len(every) > 0.8 * len(qdq.quantisable(model.graph))
     expected = open_graph(source).run(["state_next"], dict(next(iter(recorded)).inputs))[0]
@@ -211,24 +245,6 @@ def test_a_budget_decides_what_stays_fp32(place: Path, recorded: Trajectories) -
     assert "sensitivity.png" in Bundle.load(place / "budget").files
 
 
-def test_stopping_keeps_the_trajectories(place: Path) -> None:
-    words = ("calibrate", "bundle", "-o", "stopped", "--precision", "int8", *QUICK)
-    before = tree(place)
-
-    def half_done(_: str) -> bool:
-        return (place / "stopped.work" / "prompt-0001.safetensors").exists()
-
-    stopped = stop(*words, folder=place, when=half_done, number=signal.SIGINT)
-    assert stopped.code == 130, stopped.errors
-    assert not (place / "stopped").exists()
-    left = {name: each for name, each in tree(place).items() if not name.startswith("stopped.work")}
-    assert left == before
-    kept = tree(place / "stopped.work")
-    again = reelrt(*words, folder=place)
-    assert again.returncode == 0, again.stderr
-    assert kept.items() <= tree(place / "stopped.work").items()
-
-
 @pytest.mark.parametrize(
     ("lines", "options", "code", "message"),
     [
@@ -291,20 +307,33 @@ def test_an_fp16_bundle_is_refused(place: Path, recorded: Trajectories) -> None:
 def test_nodes_that_cannot_be_quantised_are_named(place: Path, recorded: Trajectories) -> None:
     source = place / "bundle" / "step.onnx"
     node = next(node.name for node in onnx.load(source).graph.node if node.op_type == "Sin")
-    with pytest.raises(CalibrationError, match=rf"none of the 1 nodes of step.onnx: {node} \(Sin\)"):
+    with pytest.raises(CalibrationError, match=rf"none of these nodes of step.onnx: {node} \(Sin\)"):
         quantise(source, [node], lambda: (s.inputs for s in recorded), len(recorded), method="max")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_graph_too_large_for_modelopt_gets_the_same_pairs(
-    place: Path, recorded: Trajectories, method: Method, monkeypatch: pytest.MonkeyPatch
+    place: Path,
+    recorded: Trajectories,
+    quantised: Quantised,
+    method: Method,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ranges found a few tensors at a time, weights from file to file: what ModelOpt would have made."""
     monkeypatch.setattr("reelrt.calibration.ranges.GROUP_BYTES", 1 << 20)
     source = place / "bundle" / "step.onnx"
-    model = _quantised(place, recorded, method)
+    model = quantised(method)
     theirs = qdq.Master(model)
-    ours = measure(source, theirs.nodes, lambda: (s.inputs for s in recorded), len(recorded), method=method)
+    totals = set[int]()
+    ours = measure(
+        source,
+        theirs.nodes,
+        lambda: (s.inputs for s in recorded),
+        len(recorded),
+        method=method,
+        progress=lambda what, done, total: totals.add(total),
+    )
+    assert max(totals) >= 3 * len(recorded), "so many times all samples are run"
     assert ours.nodes == theirs.nodes
     # ModelOpt takes 1 for a softmax, and one range for tensors that are joined: never a smaller one.
     ratios = {name: scale * 127 / ours.ranges[name] for name, scale in _scales(model).items()}

@@ -13,15 +13,15 @@ from tests.commands import PROMPT, reelrt, tree
 pytestmark = pytest.mark.timeout(600)  # the first test exports the model
 
 
-def test_generate_writes_a_video_that_tells_how_it_was_made(work: Path) -> None:
+def test_generate_writes_a_video_that_tells_how_it_was_made(work: Path, tmp_path: Path) -> None:
     words = ("--steps", 4, "--guidance", 3, "--seed", 7, "--solver", "unipc", "--negative-prompt", "blue")
-    made = reelrt("generate", work / "engines", PROMPT, "-o", work / "out" / "red.mp4", *words, "--json")
+    made = reelrt("generate", work / "engines", PROMPT, "-o", tmp_path / "out" / "red.mp4", *words, "--json")
     assert made.returncode == 0, made.stderr
     result = json.loads(made.stdout)
-    assert result["videos"][0]["path"] == str(work / "out" / "red.mp4")
+    assert result["videos"][0]["path"] == str(tmp_path / "out" / "red.mp4")
     assert {"load", "text", "denoise", "decode", "encode"} <= set(result["seconds"])
     assert result["peak_memory_bytes"] > 1 << 20
-    read = reelrt("video-info", work / "out" / "red.mp4", "--json")
+    read = reelrt("video-info", tmp_path / "out" / "red.mp4", "--json")
     told = json.loads(read.stdout)
     wanted = {
         "prompt": PROMPT,
@@ -36,19 +36,19 @@ def test_generate_writes_a_video_that_tells_how_it_was_made(work: Path) -> None:
     assert told["model_sha256"] == manifest["pipeline"]["model"]["sha256"]
 
 
-def test_people_see_where_the_video_is_seconds_and_memory(work: Path) -> None:
-    made = reelrt("generate", work / "engines", PROMPT, "-o", work / "seen.gif", "--steps", 2)
+def test_people_see_where_the_video_is_seconds_and_memory(work: Path, tmp_path: Path) -> None:
+    made = reelrt("generate", work / "engines", PROMPT, "-o", tmp_path / "seen.gif", "--steps", 2)
     assert made.returncode == 0, made.stderr
     for word in ("denoise", "decode", " s", "peak memory", "MiB", "seen.gif"):
         assert word in made.stdout
 
 
-def test_several_prompts_write_several_videos(work: Path) -> None:
+def test_several_prompts_write_several_videos(work: Path, tmp_path: Path) -> None:
     words = (
         "a red circle",
         'it\'s $HOME "quoted" `x`',
         "-o",
-        work / "two.webm",
+        tmp_path / "two.webm",
         "--steps",
         2,
         "--seed",
@@ -58,7 +58,7 @@ def test_several_prompts_write_several_videos(work: Path) -> None:
     made = reelrt("generate", work / "engines", *words)
     assert made.returncode == 0, made.stderr
     first, second = json.loads(made.stdout)["videos"]
-    assert (first["path"], second["path"]) == (str(work / "two-1.webm"), str(work / "two-2.webm"))
+    assert (first["path"], second["path"]) == (str(tmp_path / "two-1.webm"), str(tmp_path / "two-2.webm"))
     assert (first["seed"], second["seed"]) == (5, 6)
     assert second["prompt"] == 'it\'s $HOME "quoted" `x`'
     assert Path(second["path"]).is_file()

@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 from reelrt.bundle.manifest import Bundle
 from reelrt.engines.text_free import split
 from reelrt.engines.token_rows import MICROSOFT, rewrite
-from reelrt.export.exporter import export_bundle
+from tests.commands import reelrt, tree
 from tests.graphs import run_step
 
 TRANSFORMERS = {"small": 15, "odd": 23}
@@ -107,16 +107,28 @@ def test_several_videos_in_a_batch_are_not_taken_for_one(made):
     assert rewrite(model.graph, "no such axis") == 0
 
 
-def test_batched_guidance_keeps_its_transformers_and_one_graph(made, tmp_path):
+def test_batched_guidance_keeps_its_transformers_and_one_graph(made, export_sharing_schedules, tmp_path):
     from reelrt.engines.builder import build_engines
 
-    bundle = export_bundle(made("small")[0], tmp_path / "bundle", cfg="batched", validate=False)
+    batched = {"cfg": "batched", "validate": False}
+    bundle = export_sharing_schedules(made("small")[0], tmp_path / "bundle", **batched)
     assert rewrite(load(bundle).graph, "batch") == 0
     engines = build_engines(bundle, tmp_path / "engines", backend="onnxruntime")
     assert not list(engines.folder.glob("step.onnx.prefix*"))
     inputs = feed(bundle, (5, 4, 6))
     wanted, found = run(load(bundle), inputs, tmp_path), run_step(engines.folder, inputs)
     np.testing.assert_allclose(found[0], wanted[0], rtol=0, atol=1e-5 * np.abs(wanted[0]).max())
+
+
+def test_a_build_in_another_process_gives_the_same_files(small_engines, tmp_path):
+    words = ("build", small_engines.parent / "bundle", "-o", tmp_path / "engines", "--backend", "onnxruntime")
+    built = reelrt(*words, PYTHONHASHSEED="1")
+    assert built.returncode == 0, built.stderr
+    one, two = (
+        {name: each for name, each in tree(folder).items() if ".onnx" in name}
+        for folder in (small_engines, tmp_path / "engines")
+    )
+    assert one == two
 
 
 def test_the_first_part_takes_no_text_and_both_make_the_whole(made, small_engines):

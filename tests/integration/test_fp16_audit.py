@@ -25,7 +25,8 @@ from reelrt.calibration.audit import Feed, audit_stage
 from reelrt.calibration.bundles import calibrate_int8
 from reelrt.calibration.fp16 import REPORT, calibrate_fp16
 from reelrt.calibration.quality import evaluate_quality
-from reelrt.calibration.trajectories import Trajectories, record
+from reelrt.calibration.recording import record
+from reelrt.calibration.trajectories import Trajectories
 from reelrt.engines.backends import installed
 from reelrt.engines.builder import build_engines
 from reelrt.engines.precision import convert

@@ -195,7 +195,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     before = tree(place)
 
     def stop(what: str, done: int, total: int) -> None:
-        if (what, done) == ("videos at 1 steps", 2):
+        if (what, done) == ("videos at 1 step", 2):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

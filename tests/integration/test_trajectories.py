@@ -9,13 +9,9 @@ import numpy as np
 import pytest
 
 from reelrt.bundle.manifest import Bundle
+from reelrt.calibration.recording import estimate_bytes, record, stratified
 from reelrt.calibration.sensitivity import final_latents
-from reelrt.calibration.trajectories import (
-    Trajectories,
-    estimate_bytes,
-    record,
-    stratified,
-)
+from reelrt.calibration.trajectories import Trajectories
 from reelrt.errors import InputError, IntegrityError
 from reelrt.runtime.ort import open_engine
 from reelrt.runtime.unbuilt import open_pipeline

@@ -63,3 +63,6 @@ def test_range_speaks_the_users_units():
         width.check("width", 13, 8)
     with pytest.raises(RangeError, match="frames 3 is not available: these engines take 16\\."):
         Range(16, 16, 16).check("frames", 3)
+    with pytest.raises(RangeError, match="frames 3 is not available: a bundle that is run as it is") as error:
+        Range(16, 16, 16).check("frames", 3, built=False)
+    assert "ngines" not in str(error.value)

@@ -7,13 +7,15 @@ import resource
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from reelrt.calibration.pairs import from_file
 from reelrt.calibration.prompt_sets import MOST_CHARACTERS, read_prompts
+from reelrt.calibration.recorder import Feed
 from reelrt.calibration.sensitivity import sweep
-from reelrt.calibration.trajectories import Trajectories, _write
+from reelrt.calibration.trajectories import Trajectories, write_prompt
 from reelrt.cli import app
 from reelrt.errors import InputError, IntegrityError
 from tests.commands import tree
@@ -48,6 +50,11 @@ def place(tmp_path: Path) -> Path:
         (("bundle", "-o", "out", "--samples", "1", "--prompts", "one.txt"), "2 samples are too few"),
         (("bundle", "-o", "out", "--keep", "nosuchlayer"), "keep 'nosuchlayer' fits none of the"),
         (("bundle", "-o", "out", "--steps", "5000"), "steps 5000 is not available"),
+        (("bundle", "-o", "out", "--steps", "1", "--samples", "3"), "are not possible with 1 step: give 1"),
+        (
+            ("bundle", "-o", "out", "--frames", "5000"),
+            "frames 5000 is not available: a bundle that is run as it is takes 1 to 1024.",
+        ),
         (("bundle", "-o", "out", "--seed", str(2**63 - 1)), "too large for 8 prompts"),
     ],
 )
@@ -59,6 +66,7 @@ def test_what_cannot_work_is_refused_before_anything_is_recorded(place: Path, wo
     made = runner.invoke(app, ["calibrate", *words, *more, *steps, "--precision", "int8", "--json"])
     error = json.loads(made.stdout)["error"]
     assert (made.exit_code in (2, 7), message in error["message"]) == (True, True), error
+    assert "engines" not in error.get("remedy", ""), "nothing is built here"
     assert tree(place) == before
     assert not (place / "out.work").exists()
 
@@ -109,11 +117,13 @@ def test_too_small_a_disk_is_told_before_a_folder_is_made(place: Path, monkeypat
 
 
 def test_a_disk_that_fills_up_while_recording_is_named(tmp_path: Path) -> None:
+    latents, ids = np.zeros((4, 2, 8, 8), np.float32), np.zeros((2, 77), np.int64)
+    feed = Feed(latents[None], np.zeros((1, 9), np.float32), 0, np.zeros((2, 77, 8), np.float32))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
         with pytest.raises(OSError, match="File too large") as failed:
-            _write(tmp_path / "prompt", bytes(1000))
+            write_prompt(tmp_path / "prompt", [(0, feed)], ids, latents, latents)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert failed.value.filename == str(tmp_path / "prompt")

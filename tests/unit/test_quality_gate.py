@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,14 @@ def test_inspect_shows_it(fp32, tmp_path):
             "over 24 prompts at 25 and 10 steps" in shown.stdout
         )
     assert describe(tmp_path / "engines")["quality"]["prompts"] == 24
+
+
+def test_one_prompt_and_one_step_are_no_plurals(fp32, caplog):
+    attach(fp32, precision="fp32", prompts=1, steps=(1,))
+    assert re.search(r"over 1 prompt at 1 step\b", reelrt("inspect", fp32).stdout)
+    with caplog.at_level(logging.WARNING, "reelrt"):
+        check_quality(Bundle.load(fp32), gate=False)
+    assert "over 1 prompt; the targets are stated for 200" in caplog.text
 
 
 def test_inspect_shows_no_report_of_another_bundle(fp32):

@@ -245,7 +245,7 @@ def test_seeds(pipe):
     drawn = pipe.generate("red", steps=2)
     again = pipe.generate("red", steps=2, seed=drawn.metadata["seed"])
     assert np.array_equal(drawn.latents, again.latents)
-    with pytest.raises(InputError, match="2 seeds were given for 3 prompts"):
+    with pytest.raises(InputError, match="2 seeds for 3 prompts"):
         pipe.generate(["red"] * 3, steps=2, seed=[1, 2])
 
 

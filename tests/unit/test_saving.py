@@ -62,8 +62,8 @@ def test_generate_writes_while_it_decodes(pipe, tmp_path):
     ("prompt", "save_to", "message"),
     [
         ("red", "a.avi", "unknown extension"),
-        ("red", ["a.mp4", "b.mp4"], "save_to names 2 files for 1 prompts"),
-        (["red", "blue"], "a.mp4", "save_to names 1 files for 2 prompts"),
+        ("red", ["a.mp4", "b.mp4"], "save_to names 2 files for 1 prompt"),
+        (["red", "blue"], "a.mp4", "save_to names 1 file for 2 prompts"),
         (["red", "blue"], ["a.mp4", "a.mp4"], "save_to names a file twice"),
         (["red", "blue"], ["a.mp4", Path("a.mp4").absolute()], "save_to names a file twice"),
         ("red", 5, "save_to 5 is no path"),
