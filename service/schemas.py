@@ -54,7 +54,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 class _Asked(BaseModel):
     """What every way to ask for a video has in common."""
 
-    model_config = ConfigDict(extra="forbid")
+    # Prompts are not cached: pydantic keeps 16,384 short strings by default, and gives them back to nobody.
+    model_config = ConfigDict(extra="forbid", cache_strings="keys")
 
     prompt: Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT), AfterValidator(_text)] = Field(
         description="What to show."

@@ -52,6 +52,8 @@ CREATE TABLE latents (
     PRIMARY KEY (owner, name)
 );
 """
+CACHE_KIB = 256
+"""Pages that SQLite keeps: a look-up needs a handful, and the system caches the file anyway."""
 NAMES_PER_OWNER = 1000
 """Names of starting noise that are kept; the ones unused longest go."""
 
@@ -78,6 +80,7 @@ class JobStore:
             )
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")  # a commit is on the disk
+            self._connection.execute(f"PRAGMA cache_size = {-CACHE_KIB}")
             (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         except sqlite3.Error as error:
             raise _refused(path, error) from error
