@@ -18,7 +18,6 @@ from reelrt.service.documents import body_of, errors_of
 from reelrt.service.files import RangeFile
 from reelrt.service.jobs import PICTURE_TYPE, VIDEO_TYPES, Job, Variant
 from reelrt.service.jobservice import VideoService
-from reelrt.service.metrics import Metrics
 from reelrt.service.refusals import Refusal
 from reelrt.service.routing import Owner, Service, json_of
 
@@ -222,16 +221,8 @@ async def events(
 ) -> sse.EventStream:
     """Server-sent events of a job, until it is over."""
     streams: sse.Streams = request.app.state.streams
-    metrics: Metrics = request.app.state.metrics
-    if streams.stopping:
-        raise Refusal(503, "The service is stopping.", headers={"Retry-After": "5"})
-    if streams.full:
-        metrics.streams_refused.inc()
-        raise Refusal(
-            429,
-            f"{streams.most} event streams are open already.",
-            headers={"Retry-After": "5", "Connection": "close"},
-        )
+    if refusal := streams.refusal():  # somebody may have come first since `FewStreams` looked
+        raise refusal
     waker, ring = sse.bell()
     streams.add(waker)
     try:

@@ -302,9 +302,14 @@ class VideoService:
         """The models it runs; the first is the default."""
         return [describe(name, each.pipe, each.slots, self._began) for name, each in self._workers.items()]
 
+    @property
+    def alive(self) -> bool:
+        """Whether every engine's thread runs. Never waits."""
+        return all(worker.alive for worker in self._workers.values())
+
     def health(self) -> Health:
         """Whether it lives and takes requests."""
-        alive = all(worker.alive for worker in self._workers.values())
+        alive = self.alive
         if not alive or self._stopping:
             return Health(alive, False, "it is stopping" if self._stopping else "an engine thread ended")
         try:
