@@ -166,11 +166,8 @@ async def remix(
 ) -> JSONResponse:
     """Go on with another prompt from where a finished video was at a share of its schedule."""
     asked = await bodies.read(request, schemas.RemixVideo)
-
-    def submit() -> Job:
-        return service.submit(asked.request(service.get(video_id, owner)), owner, idempotency_key)
-
-    return json_of(answers.video(await run_in_threadpool(submit)))
+    job = await run_in_threadpool(service.submit, asked.request(video_id), owner, idempotency_key)
+    return json_of(answers.video(job))
 
 
 @router.get(

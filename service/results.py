@@ -11,7 +11,6 @@ jobs but their ids.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import threading
@@ -20,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from reelrt.errors import StorageError
+from reelrt.service.disk import refused, unusable
 from reelrt.service.jobs import Variant
 
 PICTURES: Mapping[Variant, str] = {"thumbnail": "thumbnail.jpg", "spritesheet": "spritesheet.jpg"}
@@ -46,7 +46,7 @@ class Results:
                 each.mkdir(parents=True, exist_ok=True)
             self._bytes = sum(map(_size, self._done.iterdir()))
         except OSError as error:
-            raise StorageError(f"{folder} cannot be written to: {error.strerror}.") from error
+            raise unusable(folder, error) from error
 
     @property
     def bytes(self) -> int:
@@ -95,7 +95,7 @@ class Results:
             partial.rename(self._done / job_id)
             synchronise(self._done)
         except OSError as error:
-            raise refused(partial, error) from error
+            raise refused("the video's files cannot be written", partial, error) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         with self._lock:
@@ -174,22 +174,6 @@ def synchronise(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk is behind an error."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__
-    return False
-
-
-def refused(path: Path, error: OSError) -> StorageError:
-    """The error of a file that the system refused."""
-    if is_disk_full(error):
-        return StorageError("the disk is full.", "Free some space.", "disk_full")
-    return StorageError(f"{path} cannot be written: {error.strerror}.")
 
 
 def _size(folder: Path) -> int:
