@@ -21,11 +21,13 @@ from benchmarks.service_bare import Bare
 from benchmarks.service_process import Running
 from benchmarks.verdicts import growth, per_minute, percentiles, ratio
 from reelrt.client import Client
+from reelrt.runtime.text import CACHED_PROMPTS
 from reelrt.runtime.video import read_metadata
 
 PAUSE = 0.05
 """Seconds between the requests of whoever measures latencies."""
-WARM_JOBS, SAMPLE_EVERY = 50, 10
+WARM_JOBS, SAMPLE_EVERY = CACHED_PROMPTS + 50, 10
+"""Jobs until everything that is kept up to a number is full, and jobs between two looks at the memory."""
 _numbers = itertools.count(1)
 
 
@@ -220,16 +222,17 @@ def overhead(service: Running, bare: Bare, folder: Path, *, videos: int, steps: 
 
 
 def memory(service: Running, folder: Path, *, jobs: int) -> dict[str, Any]:
-    """Resident memory of a service over small jobs, from when the first ones have filled its caches."""
+    """Resident memory of a service over small jobs, after as many as fill its caches."""
     done, sizes = list[int](), list[float]()
-    warm = min(WARM_JOBS, jobs // 4)
+    warm = min(WARM_JOBS, jobs)
     began = time.monotonic()
     with Client(service.url) as client:
-        for number in range(1, jobs + 1):
-            make(client, folder / "small.mp4", fresh(), num_inference_steps=2, num_frames=2)
-            if number >= warm and (number - warm) % SAMPLE_EVERY == 0:
+        for number in range(-warm, jobs + 1):
+            if number >= 0 and number % SAMPLE_EVERY == 0:
                 done.append(number)
                 sizes.append(service.figures()["reelrt_memory_bytes"])
+            if number < jobs:
+                make(client, folder / "small.mp4", fresh(), num_inference_steps=2, num_frames=2)
     grown = growth(done, sizes)
     return {
         "jobs": jobs,

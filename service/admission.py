@@ -24,7 +24,7 @@ from reelrt.runtime.noise import draw_seed
 from reelrt.runtime.request import Job as Plan
 from reelrt.service import requests
 from reelrt.service.board import Board
-from reelrt.service.jobs import Event, Job, VideoRequest, new_id
+from reelrt.service.jobs import Event, Job, Remix, VideoRequest, new_id
 from reelrt.service.options import ServiceOptions
 from reelrt.service.results import Results
 from reelrt.service.task import Task
@@ -51,9 +51,10 @@ class Admission:
         self._order = itertools.count()
         self.lock = threading.Lock()
 
-    def submit(self, request: VideoRequest, owner: str, key: str | None) -> Job:
+    def submit(self, request: VideoRequest | Remix, owner: str, key: str | None) -> Job:
         """Accept a request; see `VideoService.submit`. Its caller holds `lock`."""
-        requests.check(request)
+        if isinstance(request, VideoRequest):
+            requests.check(request)
         if key is not None and not (isinstance(key, str) and 0 < len(key) <= LONGEST_KEY):
             raise InputError(f"an idempotency key has 1 to {LONGEST_KEY} letters, not {len(key)}.")
         asked = requests.asked(request)
@@ -64,6 +65,9 @@ class Admission:
                     f"the idempotency key {key!r} was used for another request.", "Take a new key."
                 )
             return self._board.job(job.id) or job
+        if isinstance(request, Remix):
+            request = request.request(self._own(request.of, owner).request)
+            requests.check(request)
         parent = self._parent(request, owner)
         if parent is not None:
             request = requests.remixed(replace(request, model=parent.request.model), parent.request)
@@ -104,13 +108,18 @@ class Admission:
             raise NotFoundError(f"there is no model {name!r}.", f"There is {', '.join(self._workers)}.")
         return worker
 
+    def _own(self, job_id: str, owner: str) -> Job:
+        """A job of an owner that shall be varied."""
+        job = self._board.job(job_id)
+        if job is None or job.owner != owner:
+            raise NotFoundError(f"there is no job {job_id!r:.100} to remix.")
+        return job
+
     def _parent(self, request: VideoRequest, owner: str) -> Job | None:
         """The job that a remix varies."""
         if request.remix_of is None:
             return None
-        parent = self._board.job(request.remix_of)
-        if parent is None or parent.owner != owner:
-            raise NotFoundError(f"there is no job {request.remix_of!r} to remix.")
+        parent = self._own(request.remix_of, owner)
         if parent.status != "completed":
             raise ConflictError(f"{parent.id} is {parent.status}; only a completed job can be remixed.")
         if request.model not in (None, parent.request.model):

@@ -15,7 +15,7 @@ from reelrt.service.heartbeat import Heartbeat
 from reelrt.service.jobservice import VideoService
 from reelrt.service.metrics import Metrics
 from reelrt.service.refusals import answer_in_this_form, log
-from reelrt.service.sse import Streams
+from reelrt.service.sse import FewStreams, Streams
 
 
 class Application:
@@ -32,7 +32,8 @@ class Application:
 
     def __init__(self, service: VideoService, settings: Settings) -> None:
         app = FastAPI(title="ReelRT", version=__version__, docs_url=None, redoc_url=None)
-        self.streams, self._metrics = Streams(settings.streams), Metrics(service)
+        self._metrics = Metrics(service)
+        self.streams = Streams(settings.streams, self._metrics.streams_refused.inc)
         self.heartbeat = Heartbeat(self._metrics.beat)
         app.state.service, app.state.settings = service, settings
         app.state.streams, app.state.metrics = self.streams, self._metrics
@@ -43,7 +44,7 @@ class Application:
         app.include_router(assets.page_routes())
         documents.describe(app, bool(settings.keys))
         guarded: ASGIApp = Bodies(app, settings.most_body, settings.body_seconds)
-        guarded = Keys(guarded, settings.keys)
+        guarded = Keys(FewStreams(guarded, self.streams, settings.connections // 4), settings.keys)
         guarded = SameSite(guarded, loopback=is_loopback(settings.host) and not settings.keys)
         self._routes, self._app = app, SecurityHeaders(guarded)
 

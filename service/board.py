@@ -16,10 +16,10 @@ from typing import Any
 from reelrt.errors import BackendError, DeviceMemoryError, InputError, ReelError, StorageError
 from reelrt.runtime.memory import peak_memory
 from reelrt.service.clerk import Clerk
+from reelrt.service.disk import is_full
 from reelrt.service.events import Hub
 from reelrt.service.jobs import Event, Job, JobError, Status
 from reelrt.service.meter import Meter
-from reelrt.service.results import is_disk_full
 from reelrt.service.store import JobStore
 from reelrt.service.task import Task
 from reelrt.service.trajectories import Trajectories
@@ -81,7 +81,8 @@ class Board:
     def now(self, task: Task) -> Job:
         """A task's job as it is now."""
         if task.started_at is None:
-            return task.job.but(status="queued", queue_position=self.position(task), started_at=None)
+            before = self.position(task) or 0  # it has left the line already when it is about to start
+            return task.job.but(status="queued", queue_position=before, started_at=None)
         return task.job.but(
             status="in_progress",
             progress=task.progress,
@@ -210,7 +211,7 @@ INTERRUPTED = "The service ended {attempts} times while this job ran."
 
 def job_error(error: BaseException) -> JobError:
     """Why a job failed, for its client."""
-    if is_disk_full(error):
+    if is_full(error):
         return JobError("disk_full", "The disk is full.")
     if isinstance(error, StorageError):
         return JobError(error.code, str(error))

@@ -47,6 +47,8 @@ def protocol(most: int, seconds: float, unread: float = UNREAD_SECONDS) -> type[
             self._end()
             self._read()
             super().connection_lost(exc)
+            # uvicorn forgets this after a reset; timer and connection would keep each other for very long.
+            self._unset_keepalive_if_required()
 
         def pause_writing(self) -> None:
             super().pause_writing()

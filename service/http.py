@@ -18,7 +18,6 @@ from reelrt.service.documents import body_of, errors_of
 from reelrt.service.files import RangeFile
 from reelrt.service.jobs import PICTURE_TYPE, VIDEO_TYPES, Job, Variant
 from reelrt.service.jobservice import VideoService
-from reelrt.service.metrics import Metrics
 from reelrt.service.refusals import Refusal
 from reelrt.service.routing import Owner, Service, json_of
 
@@ -167,11 +166,8 @@ async def remix(
 ) -> JSONResponse:
     """Go on with another prompt from where a finished video was at a share of its schedule."""
     asked = await bodies.read(request, schemas.RemixVideo)
-
-    def submit() -> Job:
-        return service.submit(asked.request(service.get(video_id, owner)), owner, idempotency_key)
-
-    return json_of(answers.video(await run_in_threadpool(submit)))
+    job = await run_in_threadpool(service.submit, asked.request(video_id), owner, idempotency_key)
+    return json_of(answers.video(job))
 
 
 @router.get(
@@ -222,16 +218,8 @@ async def events(
 ) -> sse.EventStream:
     """Server-sent events of a job, until it is over."""
     streams: sse.Streams = request.app.state.streams
-    metrics: Metrics = request.app.state.metrics
-    if streams.stopping:
-        raise Refusal(503, "The service is stopping.", headers={"Retry-After": "5"})
-    if streams.full:
-        metrics.streams_refused.inc()
-        raise Refusal(
-            429,
-            f"{streams.most} event streams are open already.",
-            headers={"Retry-After": "5", "Connection": "close"},
-        )
+    if refusal := streams.refusal():  # somebody may have come first since `FewStreams` looked
+        raise refusal
     waker, ring = sse.bell()
     streams.add(waker)
     try:

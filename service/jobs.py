@@ -78,6 +78,29 @@ class VideoRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Remix:
+    """What a client asks for as a variation of a completed job.
+
+    Attributes:
+        of: The job's id.
+        changes: Fields of `VideoRequest` that were asked for, the prompt among them; what else a client
+            may choose is as in that job.
+    """
+
+    of: str
+    changes: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def request(self, parent: VideoRequest) -> VideoRequest:
+        """The whole of it, once it is known what that job was."""
+        kept = {name: getattr(parent, name) for name in ("negative_prompt", "guidance", "fps", "format")}
+        return VideoRequest(**{**kept, **self.changes}, model=parent.model, remix_of=self.of)
+
+
+@dataclass(frozen=True, slots=True)
 class JobError:
     """Why a job failed.
 

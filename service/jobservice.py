@@ -30,10 +30,11 @@ from reelrt.service import requests
 from reelrt.service.admission import Admission
 from reelrt.service.board import DEADLINE, Board, job_error
 from reelrt.service.catalogue import ModelInfo, describe
+from reelrt.service.disk import unusable
 from reelrt.service.events import Hub, Subscription
 from reelrt.service.figures import Figures, Health
 from reelrt.service.finisher import Finisher
-from reelrt.service.jobs import VARIANTS, Event, Job, Variant, VideoRequest
+from reelrt.service.jobs import VARIANTS, Event, Job, Remix, Variant, VideoRequest
 from reelrt.service.lock import FolderLock
 from reelrt.service.meter import Meter
 from reelrt.service.options import ServiceOptions
@@ -95,8 +96,10 @@ class VideoService:
                 attempts=options.attempts,
                 retention=options.retention,
             )
-        except BaseException:
+        except BaseException as error:
             self._lock.release()
+            if isinstance(error, StorageError):
+                raise unusable(options.folder, error) from error
             raise
         self._hub, self._meter = Hub(), Meter()
         self._board = Board(self._store, self._trajectories, self._hub, self._meter, options.retention)
@@ -140,14 +143,16 @@ class VideoService:
                 continue
             self._admission.enqueue(job, worker, plan)
 
-    def submit(self, request: VideoRequest, owner: str = "", idempotency_key: str | None = None) -> Job:
+    def submit(
+        self, request: VideoRequest | Remix, owner: str = "", idempotency_key: str | None = None
+    ) -> Job:
         """Accept a request. When this returns, the job survives whatever happens to the process.
 
         Args:
             request: What is asked for.
             owner: Whose job it is; "" without keys.
             idempotency_key: Up to 255 characters. The same key and request of the same owner answer the
-                same job, as it is then, for as long as that job is kept.
+                same job, as it is then, for as long as that job is kept (whatever became of its parent).
 
         Returns:
             The job; completed already when its very request was answered before.
@@ -302,9 +307,14 @@ class VideoService:
         """The models it runs; the first is the default."""
         return [describe(name, each.pipe, each.slots, self._began) for name, each in self._workers.items()]
 
+    @property
+    def alive(self) -> bool:
+        """Whether every engine's thread runs. Never waits."""
+        return all(worker.alive for worker in self._workers.values())
+
     def health(self) -> Health:
         """Whether it lives and takes requests."""
-        alive = all(worker.alive for worker in self._workers.values())
+        alive = self.alive
         if not alive or self._stopping:
             return Health(alive, False, "it is stopping" if self._stopping else "an engine thread ended")
         try:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from reelrt.errors import StorageError
+from reelrt.service.disk import unusable
 
 
 class FolderLock:
@@ -24,7 +25,7 @@ class FolderLock:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise StorageError(f"{folder} cannot be written to: {error.strerror}.") from error
+            raise unusable(folder, error) from error
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

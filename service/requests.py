@@ -16,7 +16,7 @@ from reelrt.runtime.pipeline import TextToVideo
 from reelrt.runtime.request import Job as Plan
 from reelrt.runtime.request import plan
 from reelrt.runtime.video import check_rate
-from reelrt.service.jobs import VIDEO_TYPES, VideoRequest
+from reelrt.service.jobs import VIDEO_TYPES, Remix, VideoRequest
 
 STEPS = 25
 """Denoising steps when a request names none."""
@@ -150,7 +150,7 @@ def rows_per_step(job: Plan) -> int:
     return len(job.table) // job.steps
 
 
-def asked(request: VideoRequest) -> str:
+def asked(request: VideoRequest | Remix) -> str:
     """A digest of what a client asked for, to tell a repeated request from another one."""
     return _digest(request.to_json())
 

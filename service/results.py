@@ -1,5 +1,7 @@
 """The folder of results: files that are whole or not there, counted against a quota.
 
+Only their sum is kept in memory, however many there are.
+
     results/ID/video.mp4, thumbnail.jpg, spritesheet.jpg    of completed jobs
     partial/ID/…                                            being written; removed at a start
 
@@ -9,7 +11,6 @@ jobs but their ids.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import threading
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from reelrt.errors import StorageError
+from reelrt.service.disk import refused, unusable
 from reelrt.service.jobs import Variant
 
 PICTURES: Mapping[Variant, str] = {"thumbnail": "thumbnail.jpg", "spritesheet": "spritesheet.jpg"}
@@ -42,15 +44,14 @@ class Results:
         try:
             for each in (self._done, self._partial):
                 each.mkdir(parents=True, exist_ok=True)
-            self._sizes = {path.name: _size(path) for path in self._done.iterdir()}
+            self._bytes = sum(map(_size, self._done.iterdir()))
         except OSError as error:
-            raise StorageError(f"{folder} cannot be written to: {error.strerror}.") from error
+            raise unusable(folder, error) from error
 
     @property
     def bytes(self) -> int:
         """Size of all results."""
-        with self._lock:
-            return sum(self._sizes.values())
+        return self._bytes
 
     @property
     def free(self) -> int:
@@ -94,11 +95,11 @@ class Results:
             partial.rename(self._done / job_id)
             synchronise(self._done)
         except OSError as error:
-            raise refused(partial, error) from error
+            raise refused("the video's files cannot be written", partial, error) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         with self._lock:
-            self._sizes[job_id] = size
+            self._bytes += size
 
     def copy(self, job_id: str, other: str) -> dict[Variant, int]:
         """Give a job the files of another one; they share the disk's space where it can be shared.
@@ -132,9 +133,11 @@ class Results:
 
     def remove(self, job_id: str) -> None:
         """Remove a job's files, if there are any."""
-        with self._lock:
-            self._sizes.pop(job_id, None)
-        shutil.rmtree(self._done / job_id, ignore_errors=True)
+        folder = self._done / job_id
+        with self._lock:  # of two who remove it, one takes its size off
+            size = _size(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            self._bytes -= size - _size(folder)
 
     def keep_only(self, ids: Iterable[str]) -> int:
         """Remove what is half-written, and the files of all other jobs; how many of both there were."""
@@ -145,7 +148,7 @@ class Results:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-            self._sizes.pop(path.name, None)
+        self._bytes = sum(map(_size, self._done.iterdir()))
         return len(stray)
 
 
@@ -173,23 +176,6 @@ def synchronise(path: Path) -> None:
         os.close(handle)
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk is behind an error."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__
-    return False
-
-
-def refused(path: Path, error: OSError) -> StorageError:
-    """The error of a file that the system refused."""
-    if is_disk_full(error):
-        return StorageError("the disk is full.", "Free some space.", "disk_full")
-    return StorageError(f"{path} cannot be written: {error.strerror}.")
-
-
 def _size(folder: Path) -> int:
-    if not folder.is_dir():
-        return folder.stat().st_size
-    return sum(path.stat().st_size for path in folder.iterdir())
+    """Bytes of a folder's files; of one that is not there none."""
+    return sum(path.stat().st_size for path in folder.glob("*"))

@@ -11,13 +11,13 @@ from pydantic import BaseModel
 from reelrt.service.jobservice import VideoService
 
 
-def service_of(request: Request) -> VideoService:
+async def service_of(request: Request) -> VideoService:
     """The job service of the application."""
     service: VideoService = request.app.state.service
     return service
 
 
-def owner_of(request: Request) -> str:
+async def owner_of(request: Request) -> str:
     """Who is asking."""
     return str(request.state.owner)
 

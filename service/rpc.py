@@ -28,7 +28,7 @@ from reelrt.service import schemas, sse
 from reelrt.service import videos_pb2 as pb
 from reelrt.service.events import Subscription
 from reelrt.service.guards import owner_for
-from reelrt.service.jobs import Event, Job, Variant, VideoRequest
+from reelrt.service.jobs import Event, Job, Remix, Variant, VideoRequest
 from reelrt.service.jobservice import VideoService
 from reelrt.service.refusals import of_validation
 from reelrt.service.videos_pb2_grpc import VideosServicer, add_VideosServicer_to_server
@@ -113,15 +113,15 @@ class _Videos(VideosServicer):
         key, parent = fields.pop("idempotency_key", None), fields.pop("remix_of", None)
 
         def submit() -> Job:
-            return self._service.submit(self._asked(fields, parent, owner), owner, key)
+            return self._service.submit(self._asked(fields, parent), owner, key)
 
         return await self._done(context, submit)
 
-    def _asked(self, fields: dict[str, Any], parent: str | None, owner: str) -> VideoRequest:
+    def _asked(self, fields: dict[str, Any], parent: str | None) -> VideoRequest | Remix:
         try:
             if parent is None:
                 return schemas.CreateVideo.model_validate(fields).request()
-            return schemas.RemixVideo.model_validate(fields).request(self._service.get(parent, owner))
+            return schemas.RemixVideo.model_validate(fields).request(parent)
         except ValidationError as error:
             raise InputError(of_validation(error.errors(include_url=False)).message) from error
 

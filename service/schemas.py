@@ -22,7 +22,7 @@ from typing_extensions import Self
 from reelrt.bundle.schedule import MAX_GUIDANCE
 from reelrt.runtime.noise import MAX_SEED
 from reelrt.runtime.video import FASTEST, SLOWEST
-from reelrt.service.jobs import Job, VideoRequest
+from reelrt.service.jobs import Remix, VideoRequest
 
 VIDEO_ID = r"^video_[0-9a-f]{32}$"
 LONGEST_PROMPT = 8192
@@ -54,7 +54,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 class _Asked(BaseModel):
     """What every way to ask for a video has in common."""
 
-    model_config = ConfigDict(extra="forbid")
+    # Prompts are not cached: pydantic keeps 16,384 short strings by default, and gives them back to nobody.
+    model_config = ConfigDict(extra="forbid", cache_strings="keys")
 
     prompt: Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT), AfterValidator(_text)] = Field(
         description="What to show."
@@ -174,25 +175,10 @@ class RemixVideo(_Asked):
         "Default: 0.5, which costs about half.",
     )
 
-    def request(self, parent: Job) -> VideoRequest:
-        """The same as the job service takes it.
-
-        Args:
-            parent: The finished video.
-        """
-        was = parent.request
-        kept = {
-            "negative_prompt": was.negative_prompt,
-            "guidance": was.guidance,
-            "fps": was.fps,
-            "format": was.format,
-        }
-        return VideoRequest(
-            model=was.model,
-            remix_of=parent.id,
-            remix_from=0.5 if self.remix_from is None else self.remix_from,
-            **{**kept, **self.common()},
-        )
+    def request(self, video_id: str) -> Remix:
+        """The same as the job service takes it, for a finished video."""
+        given = {} if self.remix_from is None else {"remix_from": self.remix_from}
+        return Remix(video_id, {**self.common(), **given})
 
 
 class VideoError(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -111,9 +112,20 @@ def serve(settings: Settings, started: Started) -> None:
         listening(settings.host, settings.port) as sockets,
         open_service(settings.engines, settings.options) as service,
     ):
-        run(service, settings, sockets, started)
+        run(service, settings, sockets, lambda *told: _settled(started, *told))
         log.info("stopping: running jobs have %g s to end", settings.stop_seconds)
         service.drain(settings.stop_seconds)
+
+
+def _settled(started: Started, addresses: dict[str, str], models: list[str]) -> None:
+    """Take all that is loaded out of the garbage collector's sight, then say that requests are answered.
+
+    Each of its looks through all that the libraries have made would hold the event loop up.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.collect()  # it looks again once a quarter is new of what was there last time: nothing, now
+    started(addresses, models)
 
 
 def _preload() -> None:

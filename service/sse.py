@@ -10,14 +10,18 @@ from contextlib import suppress
 
 import anyio
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reelrt.service import answers
 from reelrt.service.events import Subscription
+from reelrt.service.guards import refuse
 from reelrt.service.jobs import PICTURE_TYPE, Event
+from reelrt.service.refusals import Refusal
 
 KEEP_ALIVE_SECONDS = 15.0
 """A comment is sent after that long without an event: proxies take silence for death."""
+REFUSAL_SECONDS = 0.005
+"""Between two refusals of a stream."""
 RETRY = "retry: 2000\n\n"
 
 
@@ -26,10 +30,11 @@ class Streams:
 
     Args:
         most: Most of them at once.
+        refused: Called for each one too many.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most, self.open = most, 0
+    def __init__(self, most: int, refused: Callable[[], None] = lambda: None) -> None:
+        self.most, self.open, self._refused = most, 0, refused
         self._wakers: set[asyncio.Event] = set()
         self.stopping = False
 
@@ -37,6 +42,16 @@ class Streams:
     def full(self) -> bool:
         """Whether another one would be too many."""
         return self.open >= self.most
+
+    def refusal(self) -> Refusal | None:
+        """The answer to who wants another one, if it is no."""
+        if self.stopping:
+            return Refusal(503, "The service is stopping.", headers={"Retry-After": "5"})
+        if not self.full:
+            return None
+        self._refused()
+        headers = {"Retry-After": "5", "Connection": "close"}
+        return Refusal(429, f"{self.most} event streams are open already.", headers=headers)
 
     def add(self, waker: asyncio.Event) -> None:
         """Count one; `waker` is set when all shall end."""
@@ -54,6 +69,40 @@ class Streams:
         self.stopping = True
         for waker in self._wakers:
             waker.set()
+
+
+class FewStreams:
+    """Refuses an event stream that is one too many before it is looked at, and one after the other.
+
+    Who is refused asks again at once, and thousands of refusals a second would leave no time for others.
+
+    Args:
+        app: What is guarded.
+        streams: The open ones.
+        most_waiting: Most that wait for their refusal; a further one gets it at once.
+    """
+
+    def __init__(self, app: ASGIApp, streams: Streams, most_waiting: int) -> None:
+        self._app, self._streams, self._most = app, streams, most_waiting
+        self._turn, self._waiting = asyncio.Lock(), 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 429 or 503, or pass the request on."""
+        wanted = scope["type"] == "http" and scope["method"] == "GET" and scope["path"].endswith("/events")
+        if wanted and (refusal := self._streams.refusal()):
+            if self._waiting < self._most:
+                await self._wait()
+            await refuse(refusal, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _wait(self) -> None:
+        self._waiting += 1
+        try:
+            async with self._turn:
+                await asyncio.sleep(0 if self._streams.stopping else REFUSAL_SECONDS)
+        finally:
+            self._waiting -= 1
 
 
 class EventStream(StreamingResponse):

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from reelrt.errors import StorageError
+from reelrt.service.disk import refused, unusable
 from reelrt.service.jobs import Job, JobError, VideoRequest
 
 SCHEMA = 1
+REFUSED = "the job store cannot be used"
 TABLES = """
 CREATE TABLE jobs (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -52,6 +54,8 @@ CREATE TABLE latents (
     PRIMARY KEY (owner, name)
 );
 """
+CACHE_KIB = 256
+"""Pages that SQLite keeps: a look-up needs a handful, and the system caches the file anyway."""
 NAMES_PER_OWNER = 1000
 """Names of starting noise that are kept; the ones unused longest go."""
 
@@ -78,39 +82,46 @@ class JobStore:
             )
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")  # a commit is on the disk
+            self._connection.execute(f"PRAGMA cache_size = {-CACHE_KIB}")
             (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+            if version not in (0, SCHEMA):
+                raise StorageError(
+                    f"{path} is of version {version}; this one reads version {SCHEMA}.", "Use another folder."
+                )
+            if not version:
+                with self._transaction() as connection:
+                    for statement in (*TABLES.split(";")[:-1], f"PRAGMA user_version = {SCHEMA}"):
+                        connection.execute(statement)
         except sqlite3.Error as error:
-            raise _refused(path, error) from error
-        if version not in (0, SCHEMA):
-            raise StorageError(
-                f"{path} is of version {version}; this one reads version {SCHEMA}.", "Use another folder."
-            )
-        if not version:
-            with self._writing() as connection:
-                for statement in (*TABLES.split(";")[:-1], f"PRAGMA user_version = {SCHEMA}"):
-                    connection.execute(statement)
+            raise unusable(path, error) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of it is on the disk afterwards, or nothing."""
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            finally:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: all of it is on the disk afterwards, or nothing."""
-        with self._lock:
-            try:
-                self._connection.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._connection
-                    self._connection.execute("COMMIT")
-                finally:
-                    if self._connection.in_transaction:
-                        self._connection.execute("ROLLBACK")
-            except sqlite3.Error as error:
-                raise _refused(self._path, error) from error
+        """The same; what fails is told as clients may read it."""
+        try:
+            with self._transaction() as connection:
+                yield connection
+        except sqlite3.Error as error:
+            raise refused(REFUSED, self._path, error) from error
 
     def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._lock:
             try:
                 return self._connection.execute(query, values).fetchall()
             except sqlite3.Error as error:
-                raise _refused(self._path, error) from error
+                raise refused(REFUSED, self._path, error) from error
 
     def add(self, job: Job, fingerprint: str, asked: str, idempotency_key: str | None) -> None:
         """Write a new job, with all that makes it the one it is, and keep its seed under its name.
@@ -251,13 +262,6 @@ def _name_seed(connection: sqlite3.Connection, owner: str, name: str, seed: str)
         (SELECT name FROM latents WHERE owner = ?1 ORDER BY used DESC LIMIT ?2)""",
         (owner, NAMES_PER_OWNER),
     )
-
-
-def _refused(path: Path, error: sqlite3.Error) -> StorageError:
-    full = "full" in str(error)
-    remedy = "Free some space." if full else "Is the folder writable, and is the disk sound?"
-    code = "disk_full" if full else "storage_error"
-    return StorageError(f"{path} cannot be used: {error}.", remedy, code)
 
 
 def _error(error: JobError | None) -> str | None:

@@ -18,7 +18,8 @@ import numpy as np
 
 from reelrt.errors import StorageError
 from reelrt.runtime.session import Float32
-from reelrt.service.results import link, refused, synchronise
+from reelrt.service.disk import log, refused, unusable
+from reelrt.service.results import link, synchronise
 
 
 class Trajectories:
@@ -42,7 +43,7 @@ class Trajectories:
                 each.mkdir(parents=True, exist_ok=True)
             found = [(path.stat().st_mtime, path) for path in self._kept.glob("*/*.npy")]
         except OSError as error:
-            raise StorageError(f"{folder} cannot be written to: {error.strerror}.") from error
+            raise unusable(folder, error) from error
         for _, path in sorted(found):
             if path.stem.isdecimal():
                 self._count(path.parent.name, int(path.stem), path.stat().st_size)
@@ -114,7 +115,7 @@ class Trajectories:
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise refused(target, error) from error
+            raise refused("the state to go on from cannot be kept", target, error) from error
         return True
 
     def input(self, job_id: str) -> Float32:
@@ -127,7 +128,9 @@ class Trajectories:
         try:
             state: Float32 = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise StorageError(f"{path} cannot be read: {error}.", "Submit the remix again.") from error
+            log.warning("%s: %s", path, error)
+            text = "the state that this remix goes on from cannot be read."
+            raise StorageError(text, "Submit the remix again.") from error
         return state
 
     def forget_input(self, job_id: str) -> None:

@@ -183,9 +183,12 @@ def test_an_idempotency_key_answers_the_same_video(client: httpx.Client) -> None
 
 def test_a_remix_goes_on_from_a_finished_video(client: httpx.Client) -> None:
     first = finished(client, make(client, PROMPT, num_inference_steps=8, seed=5))
-    answer = client.post(
-        f"/v1/videos/{first['id']}/remix", json={"prompt": "a blue circle", "remix_from": 0.5}
-    )
+
+    def ask() -> httpx.Response:
+        body = {"prompt": "a blue circle", "remix_from": 0.5}
+        return client.post(f"/v1/videos/{first['id']}/remix", json=body, headers={"Idempotency-Key": "remix"})
+
+    answer = ask()
     assert answer.status_code == 200, answer.text
     second = finished(client, answer.json())
     assert (second["status"], second["remixed_from_video_id"]) == ("completed", first["id"])
@@ -193,6 +196,8 @@ def test_a_remix_goes_on_from_a_finished_video(client: httpx.Client) -> None:
     assert {name: second[name] for name in same} == {name: first[name] for name in same}
     files = [client.get(f"/v1/videos/{each['id']}/content").content for each in (first, second)]
     assert files[0] != files[1]
+    client.delete(f"/v1/videos/{first['id']}")
+    assert ask().json()["id"] == second["id"]
 
 
 def test_metrics_count_what_happened(client: httpx.Client) -> None:

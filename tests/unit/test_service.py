@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from reelrt.runtime.loop import Request, StepLoop
 from reelrt.runtime.ort import open_sessions
 from reelrt.runtime.pipeline import TextToVideo
 from reelrt.service import requests as service_requests
-from reelrt.service.jobs import JobError, VideoRequest
+from reelrt.service.jobs import JobError, Remix, VideoRequest
 from reelrt.service.jobservice import VideoService, open_service
 from reelrt.service.options import ServiceOptions
 from tests.gated import Gate
@@ -125,6 +126,23 @@ def test_a_jobs_file_is_the_runtimes(start, pipe, tmp_path, form):
     assert job.created_at <= job.started_at <= job.completed_at < job.expires_at
     assert job.files == {name: service.file(job.id, "", name).stat().st_size for name in job.files}
     assert job.peak_memory > 1 << 20
+
+
+def test_a_job_that_is_about_to_start_is_next(start, monkeypatch):
+    service, gate = start()
+    taken, go, open_step = threading.Event(), threading.Event(), gate.open_step
+
+    def slow(shape):
+        taken.set()
+        assert go.wait(20)
+        return open_step(shape)
+
+    monkeypatch.setattr(gate, "open_step", slow)
+    job = service.submit(RED)
+    assert taken.wait(20)  # it is out of the line, and not in the batch yet
+    assert (service.get(job.id).status, service.get(job.id).queue_position) == ("queued", 0)
+    go.set()
+    assert over(service, job).status == "completed"
 
 
 def test_a_request_is_completed_with_the_models_own_values(start):
@@ -267,6 +285,20 @@ def test_a_repeated_request_with_a_key_is_the_same_job(start):
         service.submit(VideoRequest("red", steps=3), "ann", "k1")
     with pytest.raises(InputError, match="1 to 255 letters"):
         service.submit(VideoRequest("red", steps=3), "ann", "k" * 256)
+
+
+def test_a_repeated_remix_with_a_key_is_the_same_job_when_its_parent_is_gone(start):
+    service, _ = start()
+    parent = over(service, service.submit(RED))
+    asked = Remix(parent.id, {"prompt": "blue circle", "remix_from": 0.5})
+    first = over(service, service.submit(asked, idempotency_key="a"))
+    assert (first.status, first.request.seed, first.request.format) == ("completed", RED.seed, "webm")
+    service.delete(parent.id)
+    assert service.submit(asked, idempotency_key="a").id == first.id
+    with pytest.raises(ConflictError, match="another request"):
+        service.submit(replace(asked, changes={"prompt": "green circle"}), idempotency_key="a")
+    with pytest.raises(NotFoundError, match=parent.id):
+        service.submit(asked, idempotency_key="b")
 
 
 def test_the_same_key_from_many_threads_is_one_job(start):
@@ -513,6 +545,40 @@ def test_the_quota_is_kept_and_no_finished_file_goes_for_it(start):
     assert not service.health().ready
     service.delete(done[0].id)
     assert service.health().ready
+
+
+def test_what_a_disk_refuses_is_told_without_a_path(start, monkeypatch, tmp_path, caplog):
+    service, _ = start()
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    with monkeypatch.context() as patch:
+        patch.setattr("reelrt.service.results.synchronise", lambda *_: (_ for _ in ()).throw(denied))
+        failed = over(service, service.submit(RED))
+    assert failed.error.message == "the video's files cannot be written: Permission denied."
+    service._store._connection.execute("PRAGMA query_only = on")
+    with pytest.raises(StorageError, match="the job store cannot be used: attempt to write") as refusal:
+        service.submit(RED)
+    assert str(tmp_path) not in str(refusal.value)
+    assert str(tmp_path / "state" / "jobs.sqlite") in caplog.text  # for who runs it
+    service._store._connection.execute("PRAGMA query_only = off")
+
+
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        ("sqlite3.connect", sqlite3.OperationalError("unable to open database file")),
+        ("reelrt.service.lock.os.open", OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_a_start_on_a_full_disk_names_the_folder_and_what_to_do(start, monkeypatch, tmp_path, what, error):
+    with monkeypatch.context() as patch:
+        patch.setattr(what, lambda *_, **__: (_ for _ in ()).throw(error))
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=1 << 30, used=1 << 30, free=0))
+        with pytest.raises(StorageError) as refusal:
+            start()
+    assert str(refusal.value) == (
+        f"the disk of {tmp_path / 'state'} is full. Free some space there, or name another folder (--data)."
+    )
+    start()
 
 
 def test_a_disk_that_is_nearly_full_is_not_filled(start):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -168,3 +169,13 @@ def test_a_database_that_cannot_be_used_says_so(left, damage):
         path.mkdir()
     with pytest.raises(StorageError, match=r"jobs\.sqlite"):
         JobStore(path)
+
+
+def test_what_two_remove_at_once_is_taken_off_once(left):
+    for name in ("video_1", "video_2"):
+        left.add(name, "completed", files=["video.mp4", "thumbnail.jpg"])
+    assert left.results.bytes == 40
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(left.results.remove, ["video_1"] * 16))
+    assert left.results.bytes == 20
+    assert Results(left.folder, 1 << 30, 0).bytes == 20

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import socket
+import struct
 import threading
+import weakref
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -102,21 +108,62 @@ def test_a_client_that_never_reads_is_let_go() -> None:
         pouring.cancel()
 
     async def scene() -> None:
-        kind = protocol(8, 5, unread=0.3)
-        config = uvicorn.Config(application, http=kind, ws="none", lifespan="off", log_level="error", port=0)
-        server = uvicorn.Server(config)
-        serving = asyncio.ensure_future(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
-        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        while not gone:
-            await asyncio.sleep(0.02)
-        writer.close()
-        del reader
-        server.should_exit = True
-        await serving
+        async with served(application, protocol(8, 5, unread=0.3)) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+            writer.write(GET)
+            while not gone:
+                await asyncio.sleep(0.02)
+            writer.close()
+            del reader
 
     asyncio.run(asyncio.wait_for(scene(), 20))
     assert 0.2 < gone[0] < 5
+
+
+def test_a_connection_that_is_reset_is_not_kept() -> None:
+    """Nor left to the garbage collector: Python looks so seldom that thousands would pile up."""
+    kind = protocol(8, 5)
+    seen: list[weakref.ref[Any]] = []
+
+    class Watched(kind):  # type: ignore[misc, valid-type]
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            seen.append(weakref.ref(self))
+
+    async def application(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def scene() -> None:
+        async with served(application, Watched, timeout_keep_alive=60) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(GET)
+            await reader.readuntil(b"ok")
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.close()
+            while seen[0]() is not None:
+                await asyncio.sleep(0.01)
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(asyncio.wait_for(scene(), 10))
+    finally:
+        gc.enable()
+
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@asynccontextmanager
+async def served(application: Any, kind: Any, **options: Any) -> AsyncIterator[int]:
+    """The port of a server with this protocol, while the block runs."""
+    words = {"ws": "none", "lifespan": "off", "log_level": "error", "port": 0, **options}
+    server = uvicorn.Server(uvicorn.Config(application, http=kind, **words))
+    serving = asyncio.ensure_future(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    await serving
