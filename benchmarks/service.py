@@ -13,8 +13,7 @@
   in a process of its own, in turns; medians, at most 1.03.
 - Event loop: the longest gap that the service's own heartbeat saw since it started, less than 50 ms. Beside
   it the longest one of a process that does nothing else, in the same time: what the machine makes of it.
-- Memory: resident size over 500 jobs of the tests' tiny model, after 306 that fill what is kept; the last
-  ones' median at most 1.05 times the first ones', and less than 4 KiB more per job in the second half.
+- Memory: resident size over 500 jobs, see `benchmarks.service_memory`.
 - Kills: the service is killed at random moments under load; nothing that was answered is lost.
 
 Run it on a machine that does nothing else. The last line on stdout is JSON; the exit code is 1 when a goal
@@ -38,7 +37,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import service_kills, service_load
+from benchmarks import service_kills, service_load, service_memory
 from benchmarks.machine import machine
 from benchmarks.service_bare import bare
 from benchmarks.service_process import Running, idling, running
@@ -46,7 +45,7 @@ from benchmarks.verdicts import Costs, Goal
 
 RESULT = Path(__file__).parent / "results" / "service.json"
 CLIENTS = 4
-OVERHEAD, STALL_MS, GROWTH, BYTES_PER_JOB = 1.03, 50.0, 1.05, 4096
+OVERHEAD, STALL_MS = 1.03, 50.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +130,7 @@ def measure(engines: Path, extent: Extent, folder: Path, told: Callable[[str], N
     result["latency"]["event_loop"]["longest_gap_ms_up_to"] = gaps
     result["latency"]["event_loop"]["longest_gap_of_an_idle_process_ms"] = round(1000 * idle.longest, 2)
     told("memory")
-    with running(tiny_engines(folder / "tiny"), folder / "memory") as small:
-        result["memory"] = service_load.memory(small, folder, jobs=extent.jobs)
+    result["memory"] = service_memory.measure(folder, extent.jobs)
     result["kills"] = service_kills.measure(engines, folder / "killed", extent.kills, 0, told)
     return result
 
@@ -142,25 +140,14 @@ def longest_gap(service: Running) -> float:
     return round(1000 * service.figures()["reelrt_event_loop_longest_gap_seconds"], 2)
 
 
-def tiny_engines(folder: Path) -> Path:
-    """Engines of the tests' tiny model: what a service keeps of a job does not depend on its size."""
-    from reelrt.engines.builder import build_engines
-    from reelrt.export.exporter import export_bundle
-    from tests.models import tiny_model
-
-    export_bundle(tiny_model(folder / "model"), folder / "bundle")
-    return build_engines(folder / "bundle", folder / "engines", backend="onnxruntime").folder
-
-
 def goals(result: dict[str, Any], kills: int) -> list[Goal]:
     """What was wanted, and what is."""
-    memory, killed = result["memory"], result["kills"]
+    killed = result["kills"]
     stall = result["latency"]["event_loop"]["longest_gap_ms"]
     return [
         Goal("overhead over the bare runtime", result["overhead"]["ratio"], OVERHEAD),
         Goal("longest gap of the event loop", stall, STALL_MS, "ms", strict=True),
-        Goal("memory, last over first", memory["ratio"], GROWTH),
-        Goal("memory, growth per job", memory["bytes_per_job"], BYTES_PER_JOB, "bytes", strict=True),
+        *service_memory.goals(result["memory"]),
         Goal("wrong after the kills", len(killed["wrong"]), 0),
         Goal("kills that did not happen", kills - killed["kills"], 0),
     ]

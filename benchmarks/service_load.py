@@ -1,4 +1,4 @@
-"""The phases of the load test: throughput, latencies, overhead, memory. Each gives plain values for JSON.
+"""The phases of the load test: throughput, latencies, overhead. Each gives plain values for JSON.
 
 Every video has a prompt and a seed of its own, lest a cache answers. Knows no goals.
 """
@@ -19,15 +19,12 @@ import httpx
 
 from benchmarks.service_bare import Bare
 from benchmarks.service_process import Running
-from benchmarks.verdicts import growth, per_minute, percentiles, ratio
+from benchmarks.verdicts import per_minute, percentiles, ratio
 from reelrt.client import Client
-from reelrt.runtime.text import CACHED_PROMPTS
 from reelrt.runtime.video import read_metadata
 
 PAUSE = 0.05
 """Seconds between the requests of whoever measures latencies."""
-WARM_JOBS, SAMPLE_EVERY = CACHED_PROMPTS + 50, 10
-"""Jobs until everything that is kept up to a number is full, and jobs between two looks at the memory."""
 _numbers = itertools.count(1)
 
 
@@ -218,29 +215,4 @@ def overhead(service: Running, bare: Bare, folder: Path, *, videos: int, steps: 
         "median_seconds": {name: round(statistics.median(values), 4) for name, values in sides.items()},
         "median_difference_ms": round(1000 * statistics.median(differences), 2),
         "ratio": round(ratio(sides["service"], sides["bare"]), 4),
-    }
-
-
-def memory(service: Running, folder: Path, *, jobs: int) -> dict[str, Any]:
-    """Resident memory of a service over small jobs, after as many as fill its caches."""
-    done, sizes = list[int](), list[float]()
-    warm = min(WARM_JOBS, jobs)
-    began = time.monotonic()
-    with Client(service.url) as client:
-        for number in range(-warm, jobs + 1):
-            if number >= 0 and number % SAMPLE_EVERY == 0:
-                done.append(number)
-                sizes.append(service.figures()["reelrt_memory_bytes"])
-            if number < jobs:
-                make(client, folder / "small.mp4", fresh(), num_inference_steps=2, num_frames=2)
-    grown = growth(done, sizes)
-    return {
-        "jobs": jobs,
-        "warm_jobs": warm,
-        "seconds": round(time.monotonic() - began, 1),
-        "megabytes": [round(size / 1e6, 2) for size in sizes],
-        "first_megabytes": round(grown.first / 1e6, 2),
-        "last_megabytes": round(grown.last / 1e6, 2),
-        "bytes_per_job": round(grown.per_job),
-        "ratio": round(grown.last / grown.first, 4),
     }
