@@ -4,7 +4,7 @@
     python -m benchmarks.service_streams ENGINES --quick    500 streams; whether it all works
 
 `reelrt serve` makes videos all the while, on one core. One process opens the streams of a video that waits,
-as fast as it is answered and never more than 200 at once, keeps those that are accepted, and counts what
+as fast as it is answered and never more than 800 at once, keeps those that are accepted, and counts what
 the others are told. Another one asks `/health` every 50 ms on a new connection, however long the answers
 before take: before the attack, during it, while the accepted streams stay open, and after they are closed.
 
@@ -38,7 +38,7 @@ from benchmarks.verdicts import Goal, percentiles
 from reelrt.client import Client
 
 RESULT = Path(__file__).parent / "results" / "service-streams.json"
-COUNT, LIMIT, AT_ONCE = 10_000, 64, 200
+COUNT, LIMIT, AT_ONCE = 10_000, 64, 800
 EVERY, PATIENCE, PHASE_SECONDS = 0.05, 30.0, 10.0
 MORE_MS = 50.0
 WAITING = 60

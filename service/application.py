@@ -44,7 +44,7 @@ class Application:
         app.include_router(assets.page_routes())
         documents.describe(app, bool(settings.keys))
         guarded: ASGIApp = Bodies(app, settings.most_body, settings.body_seconds)
-        guarded = Keys(FewStreams(guarded, self.streams, settings.connections // 4), settings.keys)
+        guarded = Keys(FewStreams(guarded, self.streams), settings.keys)
         guarded = SameSite(guarded, loopback=is_loopback(settings.host) and not settings.keys)
         self._routes, self._app = app, SecurityHeaders(guarded)
 

@@ -42,7 +42,10 @@ def unusable(path: Path, error: OSError | sqlite3.Error | StorageError) -> Stora
         remedy = "Free some space there, or name another folder (--data)."
         return StorageError(f"the disk of {folder} is full.", remedy, "disk_full")
     if isinstance(error, StorageError):
-        return error
+        cause = error.__cause__
+        if str(path) in str(error) or not isinstance(cause, (OSError, sqlite3.Error)):
+            return error
+        error = cause
     return StorageError(f"{path} cannot be used: {_reason(error)}.", "Is it writable, and the disk sound?")
 
 

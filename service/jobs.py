@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from reelrt.errors import InputError
+
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 LIVE: tuple[Status, ...] = ("queued", "in_progress")
 """What a job is before it is over."""
@@ -92,12 +94,19 @@ class Remix:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        return {"of": self.of, "changes": dict(self.changes)}
 
     def request(self, parent: VideoRequest) -> VideoRequest:
-        """The whole of it, once it is known what that job was."""
+        """The whole of it, once it is known what that job was.
+
+        Raises:
+            InputError: A change is no field of a request, or not one that a remix may choose; no prompt.
+        """
         kept = {name: getattr(parent, name) for name in ("negative_prompt", "guidance", "fps", "format")}
-        return VideoRequest(**{**kept, **self.changes}, model=parent.model, remix_of=self.of)
+        try:
+            return VideoRequest(**{**kept, **self.changes}, model=parent.model, remix_of=self.of)
+        except TypeError as error:
+            raise InputError(f"a remix cannot be made so: {error}.") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,8 +98,8 @@ class VideoService:
             )
         except BaseException as error:
             self._lock.release()
-            if isinstance(error, StorageError):
-                raise unusable(options.folder, error) from error
+            if isinstance(error, StorageError) and (found := unusable(options.folder, error)) is not error:
+                raise found from error
             raise
         self._hub, self._meter = Hub(), Meter()
         self._board = Board(self._store, self._trajectories, self._hub, self._meter, options.retention)

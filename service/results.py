@@ -92,14 +92,14 @@ class Results:
                 synchronise(path)
             size = _size(partial)
             self.check_room(size)
-            partial.rename(self._done / job_id)
+            with self._lock:
+                partial.rename(self._done / job_id)
+                self._bytes += size
             synchronise(self._done)
         except OSError as error:
             raise refused("the video's files cannot be written", partial, error) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        with self._lock:
-            self._bytes += size
 
     def copy(self, job_id: str, other: str) -> dict[Variant, int]:
         """Give a job the files of another one; they share the disk's space where it can be shared.

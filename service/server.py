@@ -112,7 +112,10 @@ def serve(settings: Settings, started: Started) -> None:
         listening(settings.host, settings.port) as sockets,
         open_service(settings.engines, settings.options) as service,
     ):
-        run(service, settings, sockets, lambda *told: _settled(started, *told))
+        try:
+            run(service, settings, sockets, lambda *told: _settled(started, *told))
+        finally:
+            gc.unfreeze()
         log.info("stopping: running jobs have %g s to end", settings.stop_seconds)
         service.drain(settings.stop_seconds)
 

@@ -79,30 +79,20 @@ class FewStreams:
     Args:
         app: What is guarded.
         streams: The open ones.
-        most_waiting: Most that wait for their refusal; a further one gets it at once.
     """
 
-    def __init__(self, app: ASGIApp, streams: Streams, most_waiting: int) -> None:
-        self._app, self._streams, self._most = app, streams, most_waiting
-        self._turn, self._waiting = asyncio.Lock(), 0
+    def __init__(self, app: ASGIApp, streams: Streams) -> None:
+        self._app, self._streams, self._turn = app, streams, asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 429 or 503, or pass the request on."""
         wanted = scope["type"] == "http" and scope["method"] == "GET" and scope["path"].endswith("/events")
         if wanted and (refusal := self._streams.refusal()):
-            if self._waiting < self._most:
-                await self._wait()
+            async with self._turn:
+                await asyncio.sleep(0 if self._streams.stopping else REFUSAL_SECONDS)
             await refuse(refusal, send)
         else:
             await self._app(scope, receive, send)
-
-    async def _wait(self) -> None:
-        self._waiting += 1
-        try:
-            async with self._turn:
-                await asyncio.sleep(0 if self._streams.stopping else REFUSAL_SECONDS)
-        finally:
-            self._waiting -= 1
 
 
 class EventStream(StreamingResponse):

@@ -110,7 +110,7 @@ def default_scheduler(**changes: Any) -> DDIMScheduler:
     return DDIMScheduler(**{**config, **changes})
 
 
-MODELS: dict[str, Callable[..., Path]] = {"tiny": tiny_model, "small": small_model, "odd": odd_model}
+MODELS: dict[str, Callable[..., Path]] = {"small": small_model, "odd": odd_model}
 
 
 def _vae(channels: tuple[int, ...], attention: bool) -> AutoencoderKL:

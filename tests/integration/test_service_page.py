@@ -213,7 +213,7 @@ def test_light_dark_and_the_width_of_a_phone(browser: Any, served: Served, page:
 
 def test_a_service_with_a_key_asks_for_it(browser: Any, tiny_engines: Path, tmp_path: Path) -> None:
     with serving(tiny_engines, tmp_path / "data", api_keys=KEYS[0]) as served:
-        for page in window(browser, served.url, excused="401"):  # Chromium notes each
+        for page in window(browser, served.url, excused="status of 401"):  # Chromium notes each
             page.fill("#key-text", "not the key at all")
             with page.expect_response("**/v1/models"):
                 page.keyboard.press("Enter")

@@ -871,3 +871,19 @@ def test_too_little_memory_for_three_is_room_for_two(start):
     later = [service.submit(replace(RED, seed=10 + seed)) for seed in range(4)]
     assert {over(service, job).status for job in later} == {"completed"}
     assert max(gate.batches[seen:]) <= 2
+
+
+def test_a_start_on_a_damaged_database_names_the_folder_and_what_to_do(start, tmp_path):
+    service, _ = start()
+    over(service, service.submit(RED))
+    service.close()
+    database = tmp_path / "state" / "jobs.sqlite"
+    content = database.read_bytes()
+    database.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+    with pytest.raises(StorageError) as refusal:
+        start()
+    assert str(refusal.value).startswith(
+        f"{tmp_path / 'state'} cannot be used: database disk image is malformed"
+    )
+    assert str(refusal.value).endswith("Is it writable, and the disk sound?")
+    assert refusal.value.__cause__ is not refusal.value

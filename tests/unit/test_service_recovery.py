@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import sqlite3
 import time
@@ -169,6 +170,19 @@ def test_a_database_that_cannot_be_used_says_so(left, damage):
         path.mkdir()
     with pytest.raises(StorageError, match=r"jobs\.sqlite"):
         JobStore(path)
+
+
+def test_a_file_whose_folder_is_not_synchronised_still_counts(left, monkeypatch):
+    def fails(path):
+        if path == left.folder / "results":
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("reelrt.service.results.synchronise", fails)
+    with pytest.raises(StorageError, match="Input/output error"):
+        left.add("video_1", files=["video.mp4"])
+    assert left.results.bytes == 10
+    left.results.remove("video_1")
+    assert left.results.bytes == 0
 
 
 def test_what_two_remove_at_once_is_taken_off_once(left):

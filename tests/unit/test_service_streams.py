@@ -44,6 +44,41 @@ def test_a_client_that_is_gone_before_the_first_byte_leaves_no_stream() -> None:
     assert closed == [True]
 
 
+def test_a_crowd_is_refused_one_after_the_other_and_others_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    asleep, most, sleep = 0, 0, asyncio.sleep
+
+    async def watched(seconds: float) -> None:
+        nonlocal asleep, most
+        asleep += 1
+        most = max(most, asleep)
+        await sleep(seconds)
+        asleep -= 1
+
+    monkeypatch.setattr(asyncio, "sleep", watched)
+    told: list[Any] = []
+
+    async def application(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        told.append(message.get("status"))
+
+    async def scene() -> None:
+        guard = sse.FewStreams(application, sse.Streams(0))
+        scope = {"type": "http", "method": "GET", "path": "/v1/videos/video_1/events"}
+        crowd = [asyncio.ensure_future(guard(scope, receive, send)) for _ in range(600)]
+        await sleep(0)
+        await guard({**scope, "path": "/health"}, receive, send)
+        assert told == [200]
+        await asyncio.gather(*crowd)
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+    assert (told.count(429), most) == (600, 1)
+
+
 class _Slow:
     """A job service that takes its time to subscribe."""
 
