@@ -66,7 +66,7 @@ class Extent:
     launches: int = 30
     rounds: int = 3
     seconds: float = 20
-    videos: int = 10
+    videos: int = 24
     jobs: int = 500
     kills: int = 20
 
