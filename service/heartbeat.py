@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-SECONDS = 0.005
+SECONDS = 0.02
 """Between two beats of a loop that nothing holds up."""
 
 
