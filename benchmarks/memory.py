@@ -144,7 +144,7 @@ def _graph(folder: Path, precision: str, bundle: Bundle, stage: str) -> tuple[Pa
 
 
 def build(folder: Path, precision: str, stage: str, chunk: int) -> None:
-    from reelrt.engines.worker import run_job
+    from reelrt.engines.worker import Worker
 
     bundle = _bundle(folder, precision)
     entry = bundle.stages[stage]
@@ -152,7 +152,9 @@ def build(folder: Path, precision: str, stage: str, chunk: int) -> None:
     wanted = "int8" if given == "int8" else "fp16"
     profile = stage_profile(bundle, stage, chunk)
     output = folder / f"{precision}-{stage}.engine"
-    built = run_job(Job("tensorrt_rtx", entry.spec, graph, given, output, wanted, profile, CAPABILITY))
+    with Worker() as worker:
+        job = Job("tensorrt_rtx", entry.spec, graph, given, output, wanted, profile, CAPABILITY)
+        built = worker.build(job)
     buffers = buffer_bytes(entry.spec, profile)
     figures = {
         "weight_bytes": built.weight_bytes,

@@ -23,7 +23,7 @@ from reelrt.bundle.spec import Profile
 from reelrt.engines import backends, memory, profiles, recipe
 from reelrt.engines.backends import Backend
 from reelrt.engines.gate import Passed, check_quality
-from reelrt.engines.worker import run_job
+from reelrt.engines.worker import Worker
 from reelrt.errors import InputError, IntegrityError
 from reelrt.jetson.device import Device, detect
 from reelrt.jetson.targets import Target
@@ -118,14 +118,14 @@ def build_engines(
     if check_memory and library.name != "onnxruntime" and aim.memory_gib:
         video = memory.Video(width, height, count, batch, plan["step"].precision, source.pipeline.cfg)
         memory.check_fits(memory.Planner(source, aim), video, weight_streaming)
-    with atomic_folder(output, EngineSet.kind) as folder:
+    with atomic_folder(output, EngineSet.kind) as folder, Worker() as worker:
         engines = {}
         for name, planned in plan.items():
             if name in kept and previous is not None:
                 _link(previous, kept[name], folder)
                 engines[name] = kept[name]
             else:
-                engines[name] = _build(source, planned, folder, progress)
+                engines[name] = _build(source, planned, folder, worker, progress)
         _copy_shared(source, folder, quality)
         built = EngineSet(
             folder=folder,
@@ -240,7 +240,7 @@ def _stage_files(bundle: Bundle, stage: Stage) -> list[str]:
     return [stage.file, *sorted(others)]
 
 
-def _build(bundle: Bundle, planned: Planned, folder: Path, progress: Progress) -> Engine:
+def _build(bundle: Bundle, planned: Planned, folder: Path, worker: Worker, progress: Progress) -> Engine:
     job = recipe.Job(
         backend=planned.backend.name,
         spec=planned.stage.spec,
@@ -256,7 +256,7 @@ def _build(bundle: Bundle, planned: Planned, folder: Path, progress: Progress) -
         weight_streaming=planned.weight_streaming,
     )
     began = time.monotonic()
-    built = run_job(job, progress)
+    built = worker.build(job, progress)
     return Engine(
         spec=planned.stage.spec,
         file=planned.file,

@@ -1,8 +1,8 @@
-"""One engine, built in a process of its own.
+"""Engines, built in a process of their own.
 
 A builder holds gigabytes, cannot be interrupted from Python and may take its process down with it.
 So it gets one: Ctrl-C ends it at once, its memory goes with it, and a crash becomes an error. The
-parent writes a job as JSON to its standard input; it answers with one JSON event per line.
+parent writes one job per line, as JSON, to its standard input; it answers with one JSON event per line.
 Knows nothing of engine sets.
 """
 
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
@@ -35,53 +36,92 @@ Builder = Callable[[Job, Path, Progress], Built]
 _PARENT_DIES = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
-def run_job(job: Job, progress: Progress = silent) -> Built:
-    """Build one engine in a new process and wait for it.
+class Worker:
+    """Builds engines in a process of its own: one for each, or one for all that ONNX Runtime builds.
 
-    Args:
-        job: What to build.
-        progress: Told of `build <stage>`, in percent where the builder says how far it is.
-
-    Returns:
-        What the builder says of the engine; the file stands at `job.output`.
-
-    Raises:
-        BackendError: The backend fails, crashes or is killed.
-        OSError: A file cannot be written (the disk is full, say).
-        KeyboardInterrupt: Ctrl-C; the process is gone by then.
+    A process that imports what ONNX Runtime's builder needs takes longer to start than a small engine
+    takes to build, and holds nothing from one engine to the next; a TensorRT builder holds gigabytes.
+    A context manager: the process starts with the first engine, and is gone when the block is left.
     """
-    what = f"build {job.spec.name}"
-    progress(what, 0, 1)
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._noise: IO[str] | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def build(self, job: Job, progress: Progress = silent) -> Built:
+        """Build one engine and wait for it.
+
+        Args:
+            job: What to build; of the same backend each time.
+            progress: Told of `build <stage>`, in percent where the builder says how far it is.
+
+        Returns:
+            What the builder says of the engine; the file stands at `job.output`.
+
+        Raises:
+            BackendError: The backend fails, crashes or is killed.
+            OSError: A file cannot be written (the disk is full, say).
+            KeyboardInterrupt: Ctrl-C; the process is gone by then.
+        """
+        what = f"build {job.spec.name}"
+        progress(what, 0, 1)
+        if self._process is None:
+            self._noise = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+            self._process = _start(job.backend, self._noise)
+        assert self._noise is not None
+        try:
+            built = _converse(self._process, job, what, progress)
+            if built is None:
+                code = self._process.wait()
+                self._noise.seek(0)
+                raise _crash(job, code, self._noise.read())
+        except BaseException:
+            self._process.kill()
+            self._end()
+            raise
+        if job.backend != "onnxruntime":
+            self._end()
+        return built
+
+    def _end(self) -> None:
+        """Let the process end, which it does when nobody talks to it."""
+        if self._process is None or self._noise is None:
+            return
+        try:
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    with suppress(BrokenPipeError):
+                        pipe.close()
+            self._process.wait()
+        finally:
+            self._process.kill()  # after another Ctrl-C; one that has ended is left alone
+            self._process.wait()
+            self._noise.close()
+            self._process = self._noise = None
+
+
+def _start(backend: str, noise: IO[str]) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
         # Polygraphy decides by this at its import which of the two libraries it drives.
-        "POLYGRAPHY_USE_TENSORRT_RTX": "1" if job.backend == "tensorrt_rtx" else "0",
+        "POLYGRAPHY_USE_TENSORRT_RTX": "1" if backend == "tensorrt_rtx" else "0",
         "POLYGRAPHY_AUTOINSTALL_DEPS": "0",
     }
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "reelrt.engines.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=noise,
-            env=environment,
-            encoding="utf-8",
-        )
-        try:
-            built = _converse(process, job, what, progress)
-            process.wait()
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
-        if built is None:
-            noise.seek(0)
-            raise _crash(job, process.returncode, noise.read())
-    return built
+    return subprocess.Popen(
+        [sys.executable, "-m", "reelrt.engines.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=noise,
+        env=environment,
+        encoding="utf-8",
+    )
 
 
 def _converse(process: subprocess.Popen[str], job: Job, what: str, progress: Progress) -> Built | None:
@@ -89,11 +129,11 @@ def _converse(process: subprocess.Popen[str], job: Job, what: str, progress: Pro
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        process.stdin.write(json.dumps(job.to_json()))
-        process.stdin.close()
+        process.stdin.write(json.dumps(job.to_json()) + "\n")
+        process.stdin.flush()
     except BrokenPipeError:
         return None
-    built, total = None, 1
+    total = 1
     for line in process.stdout:
         event = json.loads(line)
         if "progress" in event:
@@ -105,9 +145,9 @@ def _converse(process: subprocess.Popen[str], job: Job, what: str, progress: Pro
         elif "error" in event:
             raise _error(event["error"])
         else:
-            built = Built(**event["built"])
             progress(what, total, total)
-    return built
+            return Built(**event["built"])
+    return None
 
 
 def _crash(job: Job, code: int, noise: str) -> BackendError:
@@ -212,13 +252,14 @@ def _main() -> None:
     log.addHandler(_ToParent(events))
     log.setLevel(logging.INFO)
     log.propagate = False
-    job = Job.from_json(json.load(sys.stdin))
-    try:
-        built = build(job, events.progress)
-    except Exception as error:  # noqa: BLE001 (the parent tells the user)
-        events.send(error=_describe(error, job))
-    else:
-        events.send(built=asdict(built))
+    for line in sys.stdin:
+        job = Job.from_json(json.loads(line))
+        try:
+            built = build(job, events.progress)
+        except Exception as error:  # noqa: BLE001 (the parent tells the user)
+            events.send(error=_describe(error, job))
+        else:
+            events.send(built=asdict(built))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def compile_schedules(
 ) -> Schedules:
     """Compile a model's schedulers at every step count.
 
-    A step count at which a scheduler itself fails or gives no finite numbers is left out.
+    A step count at which a scheduler itself fails or gives no finite numbers is left out, and one
+    beyond the timesteps of the model's training, where some schedulers would only repeat timesteps.
 
     Args:
         config: The configuration of the model's own scheduler, `scheduler.config`.
@@ -204,6 +205,8 @@ def _compile(name: str, scheduler: Any, steps: int) -> Schedule | None:
     One run serves both ends: the first N + 1 columns are the unit vectors over x[0] and
     m[0] ... m[N-1], the others are random data that the recurrence must reproduce.
     """
+    if steps > scheduler.config.num_train_timesteps:
+        return None
     noise = np.random.default_rng(steps).normal(size=(steps + 1, RANDOM_COLUMNS))
     columns = np.hstack([np.eye(steps + 1), noise])
     try:

@@ -15,7 +15,7 @@ from torch import nn
 from reelrt.bundle.spec import Range, StageSpec, TensorSpec
 from reelrt.engines.backends import installed
 from reelrt.engines.recipe import Job
-from reelrt.engines.worker import run_job
+from reelrt.engines.worker import Worker
 from reelrt.export.graph import TRACED, sample_inputs, write_graph
 from reelrt.export.rewrites import FeedForward, LeanUNet3D, lean
 
@@ -76,7 +76,8 @@ def test_tensorrt_holds_one_piece_at_a_time(graphs, tmp_path):
             profile,
             "8.6",
         )
-        activations[pieces] = run_job(job).activation_bytes
+        with Worker() as worker:
+            activations[pieces] = worker.build(job).activation_bytes
     assert activations[8] < 0.5 * activations[1]
 
 

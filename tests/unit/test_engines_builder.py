@@ -18,9 +18,10 @@ import pytest
 
 from reelrt.bundle.files import hash_folder
 from reelrt.bundle.manifest import Bundle, EngineSet
-from reelrt.engines import backends, profiles, worker
+from reelrt.engines import backends, profiles
 from reelrt.engines.builder import build_engines
 from reelrt.engines.recipe import Job, changes
+from reelrt.engines.worker import Worker
 from reelrt.errors import BackendError, InputError, IntegrityError, RangeError
 from tests.graphs import GEOMETRY, run_step, tiny_bundle
 
@@ -278,9 +279,22 @@ def test_a_job_survives_the_journey_to_the_worker(bundle, tmp_path):
 @pytest.mark.parametrize("file", ["step.onnx", "step.onnx.data"])
 def test_a_full_disk_is_named_as_such(bundle, tmp_path, file):
     (tmp_path / file).symlink_to("/dev/full")
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
-        worker.run_job(job(bundle, tmp_path / "step.onnx"))
+    with Worker() as worker, pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
+        worker.build(job(bundle, tmp_path / "step.onnx"))
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_one_process_builds_all_that_onnx_runtime_builds(bundle, tmp_path, monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def start(*words, **options):
+        started.append(popen(*words, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    built = build_engines(bundle, tmp_path / "engines", backend="onnxruntime")
+    assert len(built.engines) == 3
+    assert [process.poll() for process in started] == [0]
 
 
 def test_a_crashed_builder_is_an_error_and_not_a_hang(bundle, tmp_path, monkeypatch):
@@ -288,8 +302,11 @@ def test_a_crashed_builder_is_an_error_and_not_a_hang(bundle, tmp_path, monkeypa
     script.write_text("#!/bin/sh\necho 'Segmentation fault' >&2\nkill -9 $$\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    with pytest.raises(BackendError, match="was killed, most likely for want of memory"):
-        worker.run_job(job(bundle, tmp_path / "step.onnx"))
+    with (
+        Worker() as worker,
+        pytest.raises(BackendError, match="was killed, most likely for want of memory"),
+    ):
+        worker.build(job(bundle, tmp_path / "step.onnx"))
 
 
 def test_ctrl_c_leaves_the_old_set_and_no_process(bundle, engines):

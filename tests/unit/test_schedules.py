@@ -188,6 +188,12 @@ def test_a_step_count_that_a_scheduler_cannot_do_is_left_out(monkeypatch):
         compile_schedules(TRAILING, solvers=["ddim"], steps=[3])
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_no_schedule_has_more_steps_than_the_model_has_timesteps(solver):
+    config = default_scheduler(num_train_timesteps=10, beta_start=0.01, beta_end=0.9).config
+    assert compile_schedules(config, solvers=[solver], steps=range(1, 15)).counts(solver)[-1] == 10
+
+
 def test_progress_counts_every_schedule_and_ends():
     told: list[tuple[str, int, int]] = []
     compile_schedules(
