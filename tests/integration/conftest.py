@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,14 +13,14 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+# torch and diffusers are imported where a model is made: also the process that only hands out the
+# tests, and makes none, reads this file.
 import reelrt
 from reelrt.bundle.manifest import Bundle
 from reelrt.bundle.schedule import Schedules
 from reelrt.engines.builder import build_engines
-from reelrt.export import schedules
 from reelrt.export.exporter import export_bundle
 from tests.commands import reelrt as run_reelrt
-from tests.models import MODELS, tiny_model
 
 SHIPPED = Path(__file__).parents[2] / "models" / "moving-shapes"
 SIZES: dict[str, tuple[int | None, tuple[int, int] | None]] = {
@@ -29,8 +30,21 @@ SIZES: dict[str, tuple[int | None, tuple[int, int] | None]] = {
 }
 """Model to its largest video, frames and (width, height)."""
 
+FIRST = "test_parity.py"
+"""It makes the models that others read, in the time in which another process makes the tiniest."""
+
 Export = Callable[..., Bundle]
 Made = Callable[[str], tuple[Path, Path]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests begin first, so that no process is left alone with them."""
+    items.sort(key=lambda item: item.path.name != FIRST)
+
+
+def pytest_collection_finish() -> None:
+    """Do not let pytest listen to torch's trace: torch describes every operation once somebody listens."""
+    logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +60,8 @@ def export_sharing_schedules(shared: Path) -> Export:
 
     That takes a quarter of the time in which a small model is exported.
     """
+    from reelrt.export import schedules
+
     compile_schedules = schedules.compile_schedules
 
     def compiled(config: Mapping[str, Any], **options: Any) -> Schedules:
@@ -78,6 +94,8 @@ def made(shared: Path, export_sharing_schedules: Export) -> Made:
             if not (root / "engines").exists():
                 root.mkdir(exist_ok=True)
                 if source != SHIPPED:
+                    from tests.models import MODELS
+
                     MODELS[name](source)
                 export_sharing_schedules(source, root / "bundle")
                 frames, size = SIZES[name]
@@ -109,6 +127,8 @@ def work(shared: Path) -> Path:
     folder = shared / "work"
     with FileLock(shared / "work.lock"):
         if not (folder / "engines").exists():
+            from tests.models import tiny_model
+
             folder.mkdir(exist_ok=True)
             tiny_model(folder / "model")
             build = ("build", "bundle", "-o", "engines", "--backend", "onnxruntime", "--json")

@@ -31,7 +31,7 @@ from tests.commands import reelrt, stop, tree
 
 PROMPTS = ["a red circle moving right", "the blue square growing", "one white cross turning", "dots on gray"]
 Quantised = Callable[[Method], onnx.ModelProto]
-QUICK = ("--steps", 4, "--samples", 2, "--prompts", "prompts.txt")
+QUICK = ("--steps", 4, "--samples", 2, "--frames", 4, "--prompts", "prompts.txt")
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -114,7 +114,8 @@ def test_the_command_goes_on_where_it_was_stopped_and_writes_a_bundle_that_runs(
         assert (bundle.stages[name].precision == "int8") == found["report"]["other_stages"][name]["used"]
 
     reference, video = (
-        open_pipeline(place / kind).generate(PROMPTS[0], steps=4, seed=0) for kind in ("bundle", "int8")
+        open_pipeline(place / kind).generate(PROMPTS[0], steps=4, seed=0, frames=4)
+        for kind in ("bundle", "int8")
     )
     error = np.linalg.norm(video.latents - reference.latents) / np.linalg.norm(reference.latents)
     assert found["report"]["final_latents"]["relative_error"] == pytest.approx(error, rel=0.7)

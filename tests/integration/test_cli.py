@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -74,16 +73,6 @@ def test_exporting_and_building_again_changes_nothing(work: Path) -> None:
     )
     assert (tree(work / "bundle"), tree(work / "engines")) == before
     assert (work / "bundle" / "manifest.json").stat().st_mtime_ns == bundle_time
-
-
-def test_a_changed_model_card_is_exported_again(work: Path, tmp_path: Path) -> None:
-    model, bundle = tmp_path / "model", tmp_path / "bundle"
-    shutil.copytree(work / "model", model)
-    shutil.copytree(work / "bundle", bundle)
-    card = "---\nlicense: mit\ninference: {parameters: {guidance_scale: 3.5}}\n---\n"
-    (model / "README.md").write_text(card, encoding="utf-8")
-    made = json.loads(reelrt("export", model, "-o", bundle, "--json").stdout)
-    assert (made["up_to_date"], made["model"]["licence"], made["guidance"]) == (False, "mit", 3.5)
 
 
 @pytest.mark.parametrize("kind", ["bundle", "engines"])

@@ -107,11 +107,13 @@ def test_several_videos_in_a_batch_are_not_taken_for_one(made):
     assert rewrite(model.graph, "no such axis") == 0
 
 
-def test_batched_guidance_keeps_its_transformers_and_one_graph(made, export_sharing_schedules, tmp_path):
+def test_batched_guidance_keeps_its_transformers_and_one_graph(work, export_sharing_schedules, tmp_path):
     from reelrt.engines.builder import build_engines
 
+    bundle = Bundle.load(work / "bundle")
+    assert rewrite(load(bundle).graph, "batch") == 3
     batched = {"cfg": "batched", "validate": False}
-    bundle = export_sharing_schedules(made("small")[0], tmp_path / "bundle", **batched)
+    bundle = export_sharing_schedules(work / "model", tmp_path / "bundle", **batched)
     assert rewrite(load(bundle).graph, "batch") == 0
     engines = build_engines(bundle, tmp_path / "engines", backend="onnxruntime")
     assert not list(engines.folder.glob("step.onnx.prefix*"))

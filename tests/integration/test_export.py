@@ -17,9 +17,11 @@ import pytest
 import torch
 from onnxscript import opset19 as op
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
 from reelrt.bundle.files import sha256
 from reelrt.bundle.manifest import Bundle
+from reelrt.cli import app
 from reelrt.errors import InputError, ModelError, ValidationError
 from reelrt.export import exporter, schedules
 from reelrt.export.exporter import export_bundle
@@ -44,11 +46,14 @@ def bundle(work: Path) -> Bundle:
     return Bundle.load(work / "bundle")
 
 
+few_schedules = partial(schedules.compile_schedules, steps=(1, 2, 3, 25))
+"""All step counts would take longer than all else here."""
+
+
 @pytest.fixture
 def export(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bundle]:
-    """`export_bundle` with a few step counts only: all of them take longer than all else here."""
-    few = partial(schedules.compile_schedules, steps=(1, 2, 3, 25))
-    monkeypatch.setattr(schedules, "compile_schedules", few)
+    """`export_bundle` with a few step counts only."""
+    monkeypatch.setattr(schedules, "compile_schedules", few_schedules)
     return export_bundle
 
 
@@ -98,9 +103,28 @@ def test_graphs_are_checked_onnx_with_the_spec_s_boundary_and_no_trace_of_this_m
         assert (bundle.folder / f"{stage.file}.data").stat().st_size >= 0.9 * stage.weight_bytes
 
 
-def test_another_process_exports_the_same(export, bundle, model, tmp_path, monkeypatch):
-    only(monkeypatch, "text_encoder", "step")
-    again = export(model, tmp_path / "again").files
+@pytest.fixture(scope="module")
+def again(bundle, model, tmp_path_factory):
+    """What the command says of an export in this process over the old bundle: the card is another."""
+    folder = tmp_path_factory.mktemp("again")
+    copy, target = (Path(shutil.copytree(source, folder / source.name)) for source in (model, bundle.folder))
+    words = ["export", str(copy), "-o", str(target), "--json"]
+    assert json.loads(CliRunner().invoke(app, words).stdout)["up_to_date"] is True
+    card = "---\nlicense: mit\ninference: {parameters: {guidance_scale: 3.5}}\n---\n"
+    (copy / "README.md").write_text(card, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        only(patch, "text_encoder", "step")
+        patch.setattr(schedules, "compile_schedules", few_schedules)
+        return json.loads(CliRunner().invoke(app, words).stdout), Bundle.load(target)
+
+
+def test_a_changed_model_card_is_exported_again(again):
+    told, _ = again
+    assert (told["up_to_date"], told["model"]["licence"], told["guidance"]) == (False, "mit", 3.5)
+
+
+def test_another_process_exports_the_same(again, bundle, tmp_path):
+    found = again[1].files
     for name in (
         "text_encoder.onnx",
         "text_encoder.onnx.data",
@@ -108,7 +132,7 @@ def test_another_process_exports_the_same(export, bundle, model, tmp_path, monke
         "step.onnx.data",
         "tokenizer.json",
     ):
-        assert again[name] == bundle.files[name]
+        assert found[name] == bundle.files[name]
     bundle.schedules.save(tmp_path / "schedules")
     assert sha256(tmp_path / "schedules") == bundle.files["schedules.safetensors"]
 

@@ -287,7 +287,7 @@ def test_the_command_writes_the_audit_and_inspect_shows_what_engines_run_in(work
 
 def test_layers_beside_int8_are_audited_too(sick, tmp_path):
     """The sick layers stay out of INT8, and an engine of the bundle would compute them in FP16."""
-    enough = record(sick.folder, PROMPTS, tmp_path / "work", steps=4, samples_per_prompt=4)
+    enough = record(sick.folder, PROMPTS, tmp_path / "work", steps=4, samples_per_prompt=4, frames=4)
     made = calibrate_int8(sick, enough, tmp_path / "int8", method="max", keep=[r"\.ff\."])
     kept = made.bundle.stages["step"].keep_fp32
     assert made.report["fp16_audit"]["kept_fp32"]["step"] == len(kept) > 0

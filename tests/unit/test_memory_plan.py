@@ -43,6 +43,11 @@ def bundle(folder: Path) -> Bundle:
     return Bundle.load(folder)
 
 
+@pytest.fixture(scope="module")
+def engines(folder: Path) -> Path:
+    return build_engines(folder, folder.with_name("engines"), backend="onnxruntime").folder
+
+
 @pytest.fixture
 def planner(bundle: Bundle) -> Planner:
     return Planner(bundle, find("rtx3060"))
@@ -206,9 +211,8 @@ def test_host_is_planned_from_its_own_memory(folder: Path) -> None:
         ("--guidance", "1"),
     ],
 )
-def test_engines_alone_take_no_option_that_would_be_ignored(folder: Path, tmp_path: Path, words) -> None:
-    build_engines(folder, tmp_path / "engines", backend="onnxruntime")
-    made = runner.invoke(app, ["plan", str(tmp_path / "engines"), *words])
+def test_engines_alone_take_no_option_that_would_be_ignored(engines: Path, words) -> None:
+    made = runner.invoke(app, ["plan", str(engines), *words])
     assert made.exit_code == 2
     assert f"{words[0]} cannot be given with an engine set alone" in " ".join(made.output.split())
 
