@@ -75,18 +75,16 @@ def record(
         CalibrationError: The network produced numbers that are not finite; says at which step and layer.
     """
     bundle = Bundle.load(bundle_folder)
-    settings = Settings(
-        bundle=bundle.sha256,
-        model=bundle.pipeline.model.name,
-        prompts=tuple(prompts),
+    settings = settle(
+        bundle,
+        prompts,
         steps=steps,
         samples_per_prompt=samples_per_prompt,
-        guidance=bundle.pipeline.guidance if guidance is None else guidance,
+        guidance=guidance,
         seed=seed,
         size=size,
         frames=frames,
     )
-    _check(settings, bundle)
     _prepare(folder, settings, bundle)
     missing = [number for number in range(len(prompts)) if not prompt_file(folder, number).exists()]
     progress("trajectories", len(prompts) - len(missing), len(prompts))
@@ -173,7 +171,33 @@ def count_samples(
     return prompts * samples_per_prompt * (2 if pipeline.cfg == "split" and guided else 1)
 
 
-def _check(settings: Settings, bundle: Bundle) -> None:
+def settle(
+    bundle: Bundle,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    samples_per_prompt: int,
+    guidance: float | None = None,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
+) -> Settings:
+    """What `record` is asked for, checked; arguments as there.
+
+    Raises:
+        InputError: No prompts, or an impossible number.
+    """
+    settings = Settings(
+        bundle=bundle.sha256,
+        model=bundle.pipeline.model.name,
+        prompts=tuple(prompts),
+        steps=steps,
+        samples_per_prompt=samples_per_prompt,
+        guidance=bundle.pipeline.guidance if guidance is None else guidance,
+        seed=seed,
+        size=size,
+        frames=frames,
+    )
     check_seed(settings.seed)
     if settings.seed + len(settings.prompts) - 1 > MAX_SEED:
         raise InputError(
@@ -192,6 +216,7 @@ def _check(settings: Settings, bundle: Bundle) -> None:
             f"{counted(settings.steps, 'step')}: give 1 to {settings.steps}."
         )
     limits.table(bundle.pipeline.solver, settings.steps, settings.guidance)
+    return settings
 
 
 def _prepare(folder: Path, settings: Settings, bundle: Bundle) -> None:

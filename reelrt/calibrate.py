@@ -98,8 +98,9 @@ def calibrate(
     from reelrt.bundle.files import check_replaceable
     from reelrt.bundle.manifest import Bundle
     from reelrt.calibration.audit import ERROR
+    from reelrt.calibration.bundles import check_ranges
     from reelrt.calibration.prompt_sets import default_prompts, read_prompts, warn_if_alike
-    from reelrt.calibration.recording import count_samples, estimate_bytes, record
+    from reelrt.calibration.recording import count_samples, estimate_bytes, record, settle
 
     began = time.monotonic()
     given = {
@@ -140,9 +141,10 @@ def calibrate(
             return
         report: Mapping[str, Any] = _read(output)
     else:
-        _check_start(
-            source, output, precision, count_samples(source.pipeline, len(words), samples), keep or []
-        )
+        _check_source(source, output, precision)
+        settle(source, words, steps=steps, samples_per_prompt=samples, seed=seed, size=wanted, frames=frames)
+        if precision == "int8":  # looks for ModelOpt, which takes seconds: after all else
+            check_ranges(source, count_samples(source.pipeline, len(words), samples), keep or [])
         warn_if_alike(words)
         room = estimate_bytes(source.pipeline, len(words), samples, size=wanted, frames=frames)
         note(f"Prompts: {len(words)}; their trajectories take up to {room / 2**20:,.1f} MiB in {folder}")
@@ -248,25 +250,17 @@ def _check_places(bundle: Path, output: Path, work: Path) -> None:
             raise InputError(f"{shown}.", "Name a folder beside it.")
 
 
-def _check_start(
-    bundle: Bundle, output: Path, precision: Precision, samples: int, keep: Sequence[str]
-) -> None:
-    """Refuse, before anything is recorded, a bundle that cannot be calibrated so.
+def _check_source(bundle: Bundle, output: Path, precision: Precision) -> None:
+    """Refuse, before anything is recorded, a bundle with the wrong weights.
 
     Raises:
-        InputError: The wrong weights, too few samples, a pattern that fits no layer.
-        BackendError: ModelOpt is not installed.
+        InputError: The message names the bundle.
     """
-    from reelrt.calibration.bundles import check_ranges
     from reelrt.calibration.calibrated import check_source
     from reelrt.calibration.fp16 import check_auditable
 
-    if precision == "fp16":
-        check_auditable(bundle, output)
-        return
-    check_source(bundle, output)
-    if precision == "int8":
-        check_ranges(bundle, samples, keep)
+    check = check_auditable if precision == "fp16" else check_source
+    check(bundle, output)
 
 
 def _calibrate(

@@ -94,7 +94,7 @@ def sick(work: Path, tmp_path_factory) -> Bundle:
 @pytest.fixture(scope="module")
 def trajectories(sick: Bundle, tmp_path_factory) -> Trajectories:
     folder = tmp_path_factory.mktemp("trajectories")
-    return record(sick.folder, PROMPTS, folder / "work", steps=4, samples_per_prompt=2)
+    return record(sick.folder, PROMPTS, folder / "work", steps=4, samples_per_prompt=2, frames=4)
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +268,7 @@ def test_ctrl_c_leaves_nothing(sick, trajectories, tmp_path):
 def test_the_command_writes_the_audit_and_inspect_shows_what_engines_run_in(work, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     options = ("--precision", "fp16", "--prompts", "prompts.txt", "--steps", "2", "--samples", "1", "--json")
+    options += ("--frames", "4")
     done = run_reelrt("calibrate", str(work / "bundle"), "-o", "audited", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)["report"]
