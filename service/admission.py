@@ -100,7 +100,6 @@ class Admission:
         )
         self._board.add(task)
         worker.add(task)
-        self._board.tell(task)
 
     def _worker(self, name: str | None) -> Worker:
         worker = next(iter(self._workers.values())) if name is None else self._workers.get(name)

@@ -52,6 +52,7 @@ class Board:
         self.position: Callable[[Task], int | None] = lambda _: None
         self._retention = retention
         self._lock = threading.Lock()
+        self._telling = threading.Lock()
         self._tasks: dict[str, Task] = {}
         self._unsaved: dict[str, Job] = {}
 
@@ -93,13 +94,18 @@ class Board:
         )
 
     def tell(self, task: Task, image: bytes = b"") -> None:
-        """Tell those who watch a task how it is, or show them a preview. Never waits."""
-        if self.hub.wanted(task.job.id) and not task.over:
-            job = self.now(task)
-            if image:
-                self.hub.publish(Event("preview", job, image))
-            else:
-                self.hub.publish(Event("queued" if task.started_at is None else "progress", job))
+        """Tell those who watch a task how it is, or show them a preview. Never waits for long.
+
+        Of a task in a line only whoever holds that line tells: its place there may change.
+        """
+        if not self.hub.wanted(task.job.id) or task.over:
+            return
+        if task.started_at is None:
+            if not image:  # a preview of a task that was put back shows nothing any more
+                self.hub.publish(Event("queued", self.now(task)))
+            return
+        with self._telling:  # or a preview would be overtaken, and progress would go back
+            self.hub.publish(Event("preview" if image else "progress", self.now(task), image))
 
     def started(self, task: Task, at: float) -> None:
         """A task joined the batch. Never waits."""

@@ -68,6 +68,12 @@ class Subscription:
                 log.warning("a watcher is gone", exc_info=True)
                 self.close()
 
+    def begin(self, event: Event) -> None:
+        """Take in how things were when it was made, unless it was told of something newer already."""
+        with self._arrived:
+            if not self._box:
+                self.put(event)
+
     def close(self) -> None:
         """Stop; may be called twice."""
         with self._arrived:

@@ -282,7 +282,7 @@ class VideoService:
         except NotFoundError:
             subscription.close()
             raise
-        subscription.put(Event("progress" if job.status == "in_progress" else job.status, job))
+        subscription.begin(Event("progress" if job.status == "in_progress" else job.status, job))
         return subscription
 
     def file(self, job_id: str, owner: str = "", variant: Variant = "video") -> Path:

@@ -100,6 +100,7 @@ class Worker:
         """Let a task wait for its turn."""
         with self._wake:
             self._line.add(task)
+            self._board.tell(task)
             self._notify()
 
     def forget(self, task: Task) -> None:

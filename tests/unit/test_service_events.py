@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
+from reelrt.service.board import Board
 from reelrt.service.events import Hub
 from reelrt.service.jobs import Event, Job, VideoRequest
+from reelrt.service.task import Task
 
 JOB = Job("video_1", "", VideoRequest("red"), status="in_progress")
 
@@ -30,6 +33,46 @@ def test_the_newest_of_each_kind_is_kept_in_order():
     assert [event.kind for event in events] == ["preview", "progress", "completed"]
     assert events[1].job.progress == 2
     assert subscription.take() == []
+    hub.close()
+
+
+def test_how_things_are_does_not_take_the_place_of_what_happened_since():
+    hub = Hub()
+    subscription = hub.subscribe(JOB.id, None, previews=True)
+    subscription.put(progress(3))
+    subscription.begin(progress(2))
+    assert [event.job.progress for event in subscription.take()] == [3]
+    subscription.begin(progress(4))
+    assert [event.job.progress for event in subscription.take()] == [4]
+    hub.close()
+
+
+def test_a_preview_that_takes_its_time_does_not_turn_progress_back():
+    """The engine goes on while another thread has looked how far it is, and has not told it yet."""
+    hub, looked, seen = Hub(), threading.Event(), []
+    board = Board(SimpleNamespace(), SimpleNamespace(), hub, SimpleNamespace(), retention=1)
+    task = Task(JOB, (0, 0), (4, 2, 8, 8), launches=10, started_at=1.0, done=2)
+    subscription = hub.subscribe(JOB.id, None, previews=True)
+    now = board.now
+
+    def slow(task):
+        job = now(task)
+        if threading.current_thread() is previewer:
+            looked.set()
+            time.sleep(0.1)
+        return job
+
+    board.now = slow
+    previewer = threading.Thread(target=board.tell, args=(task, b"a picture"))
+    previewer.start()
+    assert looked.wait(20)
+    task.done = 3
+    board.tell(task)
+    previewer.join()
+    while len(seen) < 2:
+        seen += subscription.wait(20)
+    assert [(event.kind, event.job.progress) for event in seen] == [("preview", 20), ("progress", 30)]
+    board.clerk.close()
     hub.close()
 
 
