@@ -189,12 +189,13 @@ class Schedules:
         Raises:
             RangeError: The solver or the step count was not compiled; the message says what was.
         """
-        if solver not in self.solvers:
+        schedule = self._by_key.get((solver, steps))
+        if schedule is not None:
+            return schedule
+        counts = self.counts(solver)
+        if not counts:
             raise RangeError("solver", repr(solver), f"choose one of {', '.join(self.solvers)}")
-        if (solver, steps) not in self._by_key:
-            counts = self.counts(solver)
-            raise RangeError("steps", steps, f"{solver} takes {min(counts)} to {max(counts)}")
-        return self._by_key[solver, steps]
+        raise RangeError("steps", steps, f"{solver} takes {min(counts)} to {max(counts)}")
 
     def save(self, path: Path) -> None:
         """Write one float64 tensor per schedule: timestep, input scale, samples, outputs.

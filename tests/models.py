@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -20,6 +21,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from models.moving_shapes import make_tokenizer
+from reelrt.export.families import FAMILIES, UNET3D
+
+if TYPE_CHECKING:
+    import pytest
 
 CARD = "---\nlicense: apache-2.0\n---\n\n# A random model\n\nMade by a test.\n"
 
@@ -103,6 +108,12 @@ def shorten(model: Path) -> Path:
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**config, "num_train_timesteps": 10}), encoding="utf-8")
     return model
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *stages: str) -> None:
+    """Have an export write these stages and no others."""
+    family = replace(UNET3D, stages={stage: UNET3D.stages[stage] for stage in stages})
+    monkeypatch.setitem(FAMILIES, family.pipeline, family)
 
 
 def default_scheduler(**changes: Any) -> DDIMScheduler:

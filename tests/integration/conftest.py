@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from filelock import FileLock
 # torch and diffusers are imported where a model is made: also the process that only hands out the
 # tests, and makes none, reads this file.
 import reelrt
-from reelrt.bundle.manifest import Bundle
+from reelrt.bundle.manifest import SCHEDULES, Bundle
 from reelrt.bundle.schedule import Schedules
 from reelrt.engines.builder import build_engines
 from reelrt.export.exporter import export_bundle
@@ -54,6 +55,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
+def schedules_of(shared: Path, config: Mapping[str, Any]) -> Path:
+    """Where the schedules of a scheduler's configuration are kept for other tests."""
+    values = {name: value for name, value in config.items() if not name.startswith("_")}
+    key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return shared / f"schedules-{key}.safetensors"
+
+
 @pytest.fixture(scope="session")
 def export_sharing_schedules(shared: Path) -> Export:
     """`export_bundle`, but a scheduler that was compiled before is not compiled again.
@@ -65,8 +73,7 @@ def export_sharing_schedules(shared: Path) -> Export:
     compile_schedules = schedules.compile_schedules
 
     def compiled(config: Mapping[str, Any], **options: Any) -> Schedules:
-        key = hashlib.sha256(json.dumps(dict(config), sort_keys=True).encode()).hexdigest()
-        file = shared / f"schedules-{key}.safetensors"
+        file = schedules_of(shared, config)
         with FileLock(f"{file}.lock"):
             if not file.exists():
                 compile_schedules(config, **options).save(file)
@@ -127,7 +134,7 @@ def work(shared: Path) -> Path:
     folder = shared / "work"
     with FileLock(shared / "work.lock"):
         if not (folder / "engines").exists():
-            from tests.models import tiny_model
+            from tests.models import default_scheduler, tiny_model
 
             folder.mkdir(exist_ok=True)
             tiny_model(folder / "model")
@@ -136,6 +143,9 @@ def work(shared: Path) -> Path:
                 made = run_reelrt(*words, folder=folder)
                 assert made.returncode == 0, made.stderr
                 assert set(json.loads(made.stdout)["stages"]) == {"text_encoder", "step", "vae_decoder"}
+            file = schedules_of(shared, default_scheduler().config)
+            with FileLock(f"{file}.lock"):
+                shutil.copyfile(folder / "bundle" / SCHEDULES, file)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from reelrt.engines.text_free import split
 from reelrt.engines.token_rows import MICROSOFT, rewrite
 from tests.commands import reelrt, tree
 from tests.graphs import run_step
+from tests.models import only
 
 TRANSFORMERS = {"small": 15, "odd": 23}
 """One at the entrance, and two for every layer with attention."""
@@ -107,14 +109,22 @@ def test_several_videos_in_a_batch_are_not_taken_for_one(made):
     assert rewrite(model.graph, "no such axis") == 0
 
 
-def test_batched_guidance_keeps_its_transformers_and_one_graph(work, export_sharing_schedules, tmp_path):
+def test_batched_guidance_keeps_its_transformers_and_one_graph(
+    work, export_sharing_schedules, tmp_path, monkeypatch
+):
     from reelrt.engines.builder import build_engines
 
-    bundle = Bundle.load(work / "bundle")
-    assert rewrite(load(bundle).graph, "batch") == 3
+    split_up = Bundle.load(work / "bundle")
+    assert rewrite(load(split_up).graph, "batch") == 3
+    only(monkeypatch, "step")
     batched = {"cfg": "batched", "validate": False}
     bundle = export_sharing_schedules(work / "model", tmp_path / "bundle", **batched)
     assert rewrite(load(bundle).graph, "batch") == 0
+    for name in ("text_encoder", "vae_decoder"):  # guidance is nothing to them
+        for file in split_up.folder.glob(f"{name}.*"):
+            shutil.copy(file, bundle.folder)
+    Bundle(bundle.folder, bundle.pipeline, {**split_up.stages, **bundle.stages}).save("0.1.0")
+    bundle = Bundle.load(bundle.folder)
     engines = build_engines(bundle, tmp_path / "engines", backend="onnxruntime")
     assert not list(engines.folder.glob("step.onnx.prefix*"))
     inputs = feed(bundle, (5, 4, 6))

@@ -7,7 +7,6 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ from reelrt.cli import app
 from reelrt.errors import InputError, ModelError, ValidationError
 from reelrt.export import exporter, schedules
 from reelrt.export.exporter import export_bundle
-from reelrt.export.families import FAMILIES, UNET3D
 from reelrt.export.operators import TRANSLATIONS
 from reelrt.export.schedules import SOLVERS
 from tests.commands import tree
+from tests.models import only
 
 pytestmark = [
     pytest.mark.timeout(600),  # the first test exports the model
@@ -64,12 +63,6 @@ def unchanged(folder: Path) -> Iterator[None]:
     yield
     assert tree(folder) == before
     assert sorted(folder.parent.iterdir()) == siblings
-
-
-def only(monkeypatch: pytest.MonkeyPatch, *stages: str) -> None:
-    """Export these stages and no others."""
-    family = replace(UNET3D, stages={stage: UNET3D.stages[stage] for stage in stages})
-    monkeypatch.setitem(FAMILIES, family.pipeline, family)
 
 
 def translate(monkeypatch: pytest.MonkeyPatch, operator: str, function: Callable[..., Any]) -> None:

@@ -20,13 +20,14 @@ def video(scene: Scene, rng: np.random.Generator, frames: int = 16) -> Frames:
 def worn(frames: Frames, rng: np.random.Generator) -> Frames:
     """Blurred by 1.5 pixels, too bright or too dark, and noisy, as generated videos are or worse."""
     offsets = np.arange(-5, 6)
-    weights = np.exp(-(offsets**2) / (2 * 1.5**2))
+    weights = np.exp(-(offsets**2) / (2 * 1.5**2)).astype(np.float32)
     weights /= weights.sum()
     out = np.pad(frames.astype(np.float32), ((0, 0), (5, 5), (5, 5), (0, 0)), "edge")
     height, width = frames.shape[1:3]
     out = sum(weight * out[:, k : k + height] for k, weight in enumerate(weights))
     out = sum(weight * out[:, :, k : k + width] for k, weight in enumerate(weights))
-    out = out * rng.uniform(0.88, 1.12) + rng.uniform(-12, 12) + rng.normal(0, 8, frames.shape)
+    noise = 8 * rng.standard_normal(frames.shape, np.float32)
+    out = out * rng.uniform(0.88, 1.12) + rng.uniform(-12, 12) + noise
     pixels: Frames = np.clip(np.round(out), 0, 255).astype(np.uint8)
     return pixels
 
