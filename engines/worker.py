@@ -39,9 +39,9 @@ _PARENT_DIES = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 class Worker:
     """Builds engines in a process of its own: one for each, or one for all that ONNX Runtime builds.
 
-    A process that imports what ONNX Runtime's builder needs takes longer to start than a small engine
-    takes to build, and holds nothing from one engine to the next; a TensorRT builder holds gigabytes.
-    A context manager: the process starts with the first engine, and is gone when the block is left.
+    To start ONNX Runtime's takes longer than to build a small engine, and it keeps nothing from one
+    engine to the next; a TensorRT builder holds gigabytes. A context manager: the process starts with
+    the first engine, and is gone when the block is left.
     """
 
     def __init__(self) -> None:

@@ -69,10 +69,12 @@ class Subscription:
                 self.close()
 
     def begin(self, event: Event) -> None:
-        """Take in how things were when it was made, unless it was told of something newer already."""
+        """Take in how things were when it was made: before what it was told of since."""
         with self._arrived:
-            if not self._box:
+            if event.last or not self._box:
                 self.put(event)
+            elif event.kind not in self._box:
+                self._box = {event.kind: event, **self._box}
 
     def close(self) -> None:
         """Stop; may be called twice."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from filelock import FileLock
 # torch and diffusers are imported where a model is made: also the process that only hands out the
 # tests, and makes none, reads this file.
 import reelrt
-from reelrt.bundle.manifest import SCHEDULES, Bundle
-from reelrt.bundle.schedule import Schedules
+from reelrt.bundle.manifest import Bundle
 from reelrt.engines.builder import build_engines
 from reelrt.export.exporter import export_bundle
 from tests.commands import reelrt as run_reelrt
@@ -55,40 +53,23 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
-def schedules_of(shared: Path, config: Mapping[str, Any]) -> Path:
-    """Where the schedules of a scheduler's configuration are kept for other tests."""
-    values = {name: value for name, value in config.items() if not name.startswith("_")}
-    key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    return shared / f"schedules-{key}.safetensors"
-
-
 @pytest.fixture(scope="session")
-def export_sharing_schedules(shared: Path) -> Export:
-    """`export_bundle`, but a scheduler that was compiled before is not compiled again.
-
-    That takes a quarter of the time in which a small model is exported.
-    """
-    from reelrt.export import schedules
-
-    compile_schedules = schedules.compile_schedules
-
-    def compiled(config: Mapping[str, Any], **options: Any) -> Schedules:
-        file = schedules_of(shared, config)
-        with FileLock(f"{file}.lock"):
-            if not file.exists():
-                compile_schedules(config, **options).save(file)
-            return Schedules.load(file)
+def export_few_steps() -> Export:
+    """`export_bundle` at step counts up to 25: all of them take a quarter of a small model's export."""
 
     def export(source: Path, bundle: Path, **options: Any) -> Bundle:
+        from reelrt.export import schedules
+
+        few = partial(schedules.compile_schedules, steps=range(1, 26))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(schedules, "compile_schedules", compiled)
+            patch.setattr(schedules, "compile_schedules", few)
             return export_bundle(source, bundle, **options)
 
     return export
 
 
 @pytest.fixture(scope="session")
-def made(shared: Path, export_sharing_schedules: Export) -> Made:
+def made(shared: Path, export_few_steps: Export) -> Made:
     """A model's name to its diffusers folder and its engine set, made when first asked for.
 
     They are for reading only: each is made once, by whichever process comes first.
@@ -104,7 +85,7 @@ def made(shared: Path, export_sharing_schedules: Export) -> Made:
                     from tests.models import MODELS
 
                     MODELS[name](source)
-                export_sharing_schedules(source, root / "bundle")
+                export_few_steps(source, root / "bundle")
                 frames, size = SIZES[name]
                 engines = root / "engines"
                 build_engines(root / "bundle", engines, backend="onnxruntime", size=size, frames=frames)
@@ -134,7 +115,7 @@ def work(shared: Path) -> Path:
     folder = shared / "work"
     with FileLock(shared / "work.lock"):
         if not (folder / "engines").exists():
-            from tests.models import default_scheduler, tiny_model
+            from tests.models import tiny_model
 
             folder.mkdir(exist_ok=True)
             tiny_model(folder / "model")
@@ -143,9 +124,6 @@ def work(shared: Path) -> Path:
                 made = run_reelrt(*words, folder=folder)
                 assert made.returncode == 0, made.stderr
                 assert set(json.loads(made.stdout)["stages"]) == {"text_encoder", "step", "vae_decoder"}
-            file = schedules_of(shared, default_scheduler().config)
-            with FileLock(f"{file}.lock"):
-                shutil.copyfile(folder / "bundle" / SCHEDULES, file)
     return folder
 
 

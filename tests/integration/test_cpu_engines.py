@@ -109,16 +109,14 @@ def test_several_videos_in_a_batch_are_not_taken_for_one(made):
     assert rewrite(model.graph, "no such axis") == 0
 
 
-def test_batched_guidance_keeps_its_transformers_and_one_graph(
-    work, export_sharing_schedules, tmp_path, monkeypatch
-):
+def test_batched_guidance_keeps_its_transformers_and_one_graph(work, export_few_steps, tmp_path, monkeypatch):
     from reelrt.engines.builder import build_engines
 
     split_up = Bundle.load(work / "bundle")
     assert rewrite(load(split_up).graph, "batch") == 3
     only(monkeypatch, "step")
     batched = {"cfg": "batched", "validate": False}
-    bundle = export_sharing_schedules(work / "model", tmp_path / "bundle", **batched)
+    bundle = export_few_steps(work / "model", tmp_path / "bundle", **batched)
     assert rewrite(load(bundle).graph, "batch") == 0
     for name in ("text_encoder", "vae_decoder"):  # guidance is nothing to them
         for file in split_up.folder.glob(f"{name}.*"):

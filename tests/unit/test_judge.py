@@ -40,13 +40,12 @@ CONDITIONS = pytest.mark.parametrize("condition", [as_drawn, worn], ids=lambda e
 
 
 @CONDITIONS
-@pytest.mark.parametrize(("frames", "seeds"), [(16, 2), (8, 1), (4, 2)])
-def test_right_in_99_of_100_for_each_attribute(condition, frames: int, seeds: int) -> None:
+@pytest.mark.parametrize("frames", [16, 8, 4])
+def test_right_in_99_of_100_for_each_attribute(condition, frames: int) -> None:
     rights = []
-    for seed in range(seeds):
-        for index, scene in enumerate(all_scenes()):
-            rng = np.random.default_rng([seed, index])
-            rights.append(judge(condition(video(scene, rng, frames), rng)).right(scene))
+    for index, scene in enumerate(all_scenes()):
+        rng = np.random.default_rng([0, index])
+        rights.append(judge(condition(video(scene, rng, frames), rng)).right(scene))
     for name in ATTRIBUTES:
         assert np.mean([right[name] for right in rights]) >= 0.99, name
 

@@ -44,6 +44,12 @@ def test_how_things_are_does_not_take_the_place_of_what_happened_since():
     assert [event.job.progress for event in subscription.take()] == [3]
     subscription.begin(progress(4))
     assert [event.job.progress for event in subscription.take()] == [4]
+    subscription.put(Event("preview", JOB.but(progress=6), b"a"))
+    subscription.begin(progress(5))
+    assert [event.job.progress for event in subscription.take()] == [5, 6]
+    subscription.put(progress(7))
+    subscription.begin(Event("completed", JOB))
+    assert [event.kind for event in subscription.take()] == ["progress", "completed"]
     hub.close()
 
 
