@@ -135,6 +135,8 @@ def _converse(process: subprocess.Popen[str], job: Job, what: str, progress: Pro
         return None
     total = 1
     for line in process.stdout:
+        if not line.endswith("\n"):  # it died while it spoke
+            return None
         event = json.loads(line)
         if "progress" in event:
             done, total = event["progress"]

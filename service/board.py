@@ -52,7 +52,6 @@ class Board:
         self.position: Callable[[Task], int | None] = lambda _: None
         self._retention = retention
         self._lock = threading.Lock()
-        self._telling = threading.Lock()
         self._tasks: dict[str, Task] = {}
         self._unsaved: dict[str, Job] = {}
 
@@ -94,18 +93,16 @@ class Board:
         )
 
     def tell(self, task: Task, image: bytes = b"") -> None:
-        """Tell those who watch a task how it is, or show them a preview. Never waits for long.
+        """Tell those who watch a task how it is, or show them a preview. Never waits.
 
         Of a task in a line only whoever holds that line tells: its place there may change.
         """
         if not self.hub.wanted(task.job.id) or task.over:
             return
-        if task.started_at is None:
-            if not image:  # a preview of a task that was put back shows nothing any more
-                self.hub.publish(Event("queued", self.now(task)))
-            return
-        with self._telling:  # or a preview would be overtaken, and progress would go back
-            self.hub.publish(Event("preview" if image else "progress", self.now(task), image))
+        job = self.now(task)
+        waits = job.status == "queued"
+        if not (image and waits):  # a preview of a task that was put back shows nothing any more
+            self.hub.publish(Event("preview" if image else "queued" if waits else "progress", job, image))
 
     def started(self, task: Task, at: float) -> None:
         """A task joined the batch. Never waits."""

@@ -19,6 +19,9 @@ log = logging.getLogger("reelrt")
 class Subscription:
     """Events of one job: a mailbox that keeps the newest of each kind, so a slow reader costs nothing.
 
+    Several threads tell of a job; an event that another one overtook on its way is dropped, so that
+    progress never goes back but for a job that starts again.
+
     Use it from one thread or event loop. A closed one takes no more; `with` closes it.
 
     Args:
@@ -37,6 +40,7 @@ class Subscription:
         self._notify, self._leave = notify, leave
         self._arrived = threading.Condition()
         self._box: dict[EventKind, Event] = {}
+        self._furthest = (0.0, 0)
         self._ended = False
 
     def take(self) -> list[Event]:
@@ -53,10 +57,14 @@ class Subscription:
         return self.take()
 
     def put(self, event: Event) -> None:
-        """Take an event in; what comes after the last one is dropped."""
+        """Take an event in; what comes after the last one or was overtaken is dropped."""
         with self._arrived:
             if self._ended or (event.kind == "preview" and not self.previews):
                 return
+            reached = (event.job.started_at or 0.0, event.job.progress)
+            if not event.last and reached < self._furthest:
+                return
+            self._furthest = reached
             self._box.pop(event.kind, None)
             self._box[event.kind] = event
             self._ended = event.last
@@ -69,12 +77,11 @@ class Subscription:
                 self.close()
 
     def begin(self, event: Event) -> None:
-        """Take in how things were when it was made: before what it was told of since."""
+        """Take in how things are, unless it was told the same kind of thing since they were looked at."""
         with self._arrived:
-            if event.last or not self._box:
-                self.put(event)
-            elif event.kind not in self._box:
-                self._box = {event.kind: event, **self._box}
+            known = event.kind in self._box
+        if not known:
+            self.put(event)
 
     def close(self) -> None:
         """Stop; may be called twice."""

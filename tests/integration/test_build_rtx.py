@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,9 +106,18 @@ def test_fp16_is_what_a_gpu_gets_and_nothing_is_built_twice(bundles, sets):
     assert told == []
 
 
-def test_another_gpu_rebuilds_and_the_progress_is_told_in_percent(tmp_path, caplog):
+def test_another_gpu_rebuilds_and_the_progress_is_told_in_percent(tmp_path, caplog, monkeypatch):
     tiny, folder = tiny_bundle(tmp_path / "bundle"), tmp_path / "engines"
-    build_engines(tiny, folder, target="rtx3060", batch=1)
+    started, popen = [], subprocess.Popen
+
+    def start(*words, **options):
+        started.append(popen(*words, **options))
+        return started[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", start)
+        build_engines(tiny, folder, target="rtx3060", batch=1)
+    assert len(started) == 3, "a builder's gigabytes go with its process"
     told: list[tuple[str, int, int]] = []
     with caplog.at_level(logging.INFO, "reelrt"):
         engines = build_engines(tiny, folder, target="rtx4060", batch=1, progress=lambda *e: told.append(e))

@@ -244,7 +244,7 @@ def test_a_budget_decides_what_stays_fp32(
         fp16_error=None,
     )
     kept = made.report["layers"]["kept_fp32"]
-    assert kept
+    assert 0 < len(kept) < 16
     assert list(made.report["sensitivity"]["errors"])[: len(kept)] == list(kept)
     assert (place / "budget" / "sensitivity.png").read_bytes()[:4] == b"\x89PNG"
     assert "sensitivity.png" in Bundle.load(place / "budget").files

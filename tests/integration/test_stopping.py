@@ -54,7 +54,7 @@ def test_stopping_a_build(place: Path, number: signal.Signals, times: int, code:
     before = tree(place)
 
     def half_done(_: str) -> bool:
-        return any(place.glob(".engines.*.partial/text_encoder.onnx"))
+        return any(place.glob(".engines.*.partial/.reelrt-*"))
 
     words = ("build", "bundle", "-o", "engines", "--backend", "onnxruntime", "--frames", 8)
     check(stop(*words, folder=place, when=half_done, number=number, times=times), code)

@@ -309,6 +309,19 @@ def test_a_crashed_builder_is_an_error_and_not_a_hang(bundle, tmp_path, monkeypa
         worker.build(job(bundle, tmp_path / "step.onnx"))
 
 
+@pytest.mark.parametrize("last", ["", '{"built": {"weight_'])
+def test_a_builder_that_crashes_after_an_engine_is_an_error(bundle, tmp_path, monkeypatch, last):
+    script = tmp_path / "python"
+    done = '{"built": {"weight_bytes": 5}}'
+    script.write_text(f"#!/bin/sh\nread job\necho '{done}'\nread job\nprintf '%s' '{last}'\nkill -9 $$\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with Worker() as worker:
+        assert worker.build(job(bundle, tmp_path / "step.onnx")).weight_bytes == 5
+        with pytest.raises(BackendError, match="builder of step was killed"):
+            worker.build(job(bundle, tmp_path / "step.onnx"))
+
+
 def test_ctrl_c_leaves_the_old_set_and_no_process(bundle, engines):
     before = stamps(engines)
     code = (

@@ -775,6 +775,27 @@ def test_a_watcher_sees_how_a_job_comes_about(start):
         assert subscription.wait(5) == []
 
 
+def test_what_happens_while_a_watch_begins_is_not_undone(start, monkeypatch):
+    service, gate = start(is_open=False)
+    job = service.submit(RED)
+    running(service, 1, gate)
+    with service.watch(job.id) as other:
+        look = service.get
+
+        def slow(*words):
+            found = look(*words)
+            gate.let(2)
+            while max(event.job.progress for event in other.wait(20)) <= found.progress:
+                pass
+            return found
+
+        monkeypatch.setattr(service, "get", slow)
+        with service.watch(job.id) as subscription:
+            seen = subscription.take()
+    assert [event.kind for event in seen] == ["progress"]
+    assert seen[0].job.progress > 0
+
+
 def test_a_slow_watcher_holds_nothing_up_and_misses_nothing_that_counts(start):
     service, _ = start()
     subscriptions = []

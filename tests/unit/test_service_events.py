@@ -11,7 +11,7 @@ from reelrt.service.events import Hub
 from reelrt.service.jobs import Event, Job, VideoRequest
 from reelrt.service.task import Task
 
-JOB = Job("video_1", "", VideoRequest("red"), status="in_progress")
+JOB = Job("video_1", "", VideoRequest("red"), status="in_progress", started_at=1.0)
 
 
 def progress(number):
@@ -23,7 +23,7 @@ def test_the_newest_of_each_kind_is_kept_in_order():
     subscription = hub.subscribe(JOB.id, None, previews=True)
     for event in (
         progress(1),
-        Event("preview", JOB, b"a"),
+        Event("preview", JOB.but(progress=1), b"a"),
         progress(2),
         Event("completed", JOB),
         progress(3),
@@ -36,18 +36,30 @@ def test_the_newest_of_each_kind_is_kept_in_order():
     hub.close()
 
 
-def test_how_things_are_does_not_take_the_place_of_what_happened_since():
+def test_what_was_overtaken_on_its_way_is_dropped():
     hub = Hub()
     subscription = hub.subscribe(JOB.id, None, previews=True)
-    subscription.put(progress(3))
-    subscription.begin(progress(2))
-    assert [event.job.progress for event in subscription.take()] == [3]
-    subscription.begin(progress(4))
-    assert [event.job.progress for event in subscription.take()] == [4]
-    subscription.put(Event("preview", JOB.but(progress=6), b"a"))
-    subscription.begin(progress(5))
-    assert [event.job.progress for event in subscription.take()] == [5, 6]
-    subscription.put(progress(7))
+    queued = Event("queued", JOB.but(status="queued", started_at=None))
+    seen = []
+    for event in (queued, progress(3), Event("preview", JOB.but(progress=2), b"a"), queued, progress(2)):
+        subscription.put(event)
+        seen += subscription.take()
+    assert [(event.kind, event.job.progress) for event in seen] == [("queued", 0), ("progress", 3)]
+    again = JOB.but(started_at=JOB.started_at + 1)
+    for event in (Event("progress", again), Event("failed", JOB)):
+        subscription.put(event)
+    assert [event.kind for event in subscription.take()] == ["progress", "failed"], "it started again"
+    hub.close()
+
+
+def test_how_things_were_does_not_take_the_place_of_what_happened_since():
+    hub = Hub()
+    subscription = hub.subscribe(JOB.id, None, previews=True)
+    first, second = (Event("queued", JOB.but(status="queued", queue_position=place)) for place in (1, 2))
+    subscription.put(first)
+    subscription.begin(second)
+    assert subscription.take() == [first]
+    subscription.begin(progress(1))
     subscription.begin(Event("completed", JOB))
     assert [event.kind for event in subscription.take()] == ["progress", "completed"]
     hub.close()
@@ -55,7 +67,7 @@ def test_how_things_are_does_not_take_the_place_of_what_happened_since():
 
 def test_a_preview_that_takes_its_time_does_not_turn_progress_back():
     """The engine goes on while another thread has looked how far it is, and has not told it yet."""
-    hub, looked, seen = Hub(), threading.Event(), []
+    hub, looked, told = Hub(), threading.Event(), threading.Event()
     board = Board(SimpleNamespace(), SimpleNamespace(), hub, SimpleNamespace(), retention=1)
     task = Task(JOB, (0, 0), (4, 2, 8, 8), launches=10, started_at=1.0, done=2)
     subscription = hub.subscribe(JOB.id, None, previews=True)
@@ -65,7 +77,7 @@ def test_a_preview_that_takes_its_time_does_not_turn_progress_back():
         job = now(task)
         if threading.current_thread() is previewer:
             looked.set()
-            time.sleep(0.1)
+            assert told.wait(20)
         return job
 
     board.now = slow
@@ -74,12 +86,11 @@ def test_a_preview_that_takes_its_time_does_not_turn_progress_back():
     assert looked.wait(20)
     task.done = 3
     board.tell(task)
+    told.set()
     previewer.join()
-    while len(seen) < 2:
-        seen += subscription.wait(20)
-    assert [(event.kind, event.job.progress) for event in seen] == [("preview", 20), ("progress", 30)]
     board.clerk.close()
-    hub.close()
+    hub.close()  # delivers all
+    assert [event.job.progress for event in subscription.take()] == [30]
 
 
 def test_whoever_wants_no_previews_gets_none():
