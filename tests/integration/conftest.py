@@ -55,12 +55,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def export_few_steps() -> Export:
-    """`export_bundle` at step counts up to 25: all of them take a quarter of a small model's export."""
+    """`export_bundle` at step counts up to 25 and at 100: all take a quarter of a small model's export."""
 
     def export(source: Path, bundle: Path, **options: Any) -> Bundle:
         from reelrt.export import schedules
 
-        few = partial(schedules.compile_schedules, steps=range(1, 26))
+        few = partial(schedules.compile_schedules, steps=[*range(1, 26), 100])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(schedules, "compile_schedules", few)
             return export_bundle(source, bundle, **options)
