@@ -68,7 +68,7 @@ serve: $(RUN_READY) ## The service on http://127.0.0.1:8000, with a page: PORT= 
 
 .PHONY: test
 test: lint ## Check the style and run every test that needs no GPU
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 tests/integration tests/unit
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25
 
 .PHONY: test-oldest
 test-oldest: $(TEST_READY) ## Run the unit tests with the oldest dependencies that pyproject.toml allows

@@ -14,8 +14,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
+
+if TYPE_CHECKING:
+    import pytest
 
 # The commands run in other folders, and must find this checkout where it is not installed.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -70,6 +74,18 @@ def _mark(process: psutil.Process) -> str:
         return str(process.environ().get(MARK, ""))
     except psutil.Error:
         return ""
+
+
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
+    """The processes that this one starts from now on."""
+    found, popen = [], subprocess.Popen
+
+    def start(*words: Any, **options: Any) -> subprocess.Popen[str]:
+        found.append(popen(*words, **options))
+        return found[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return found
 
 
 SMALL_DISK = """

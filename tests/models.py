@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from models.moving_shapes import make_tokenizer
+from reelrt.export import schedules
 from reelrt.export.families import FAMILIES, UNET3D
 
 if TYPE_CHECKING:
@@ -114,6 +116,11 @@ def only(monkeypatch: pytest.MonkeyPatch, *stages: str) -> None:
     """Have an export write these stages and no others."""
     family = replace(UNET3D, stages={stage: UNET3D.stages[stage] for stage in stages})
     monkeypatch.setitem(FAMILIES, family.pipeline, family)
+
+
+def few_steps(monkeypatch: pytest.MonkeyPatch, *counts: int) -> None:
+    """Have an export compile schedules of these step counts and no others, which takes long."""
+    monkeypatch.setattr(schedules, "compile_schedules", partial(schedules.compile_schedules, steps=counts))
 
 
 def default_scheduler(**changes: Any) -> DDIMScheduler:

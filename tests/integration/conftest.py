@@ -6,7 +6,6 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +57,10 @@ def export_few_steps() -> Export:
     """`export_bundle` at step counts up to 25 and at 100: all take a quarter of a small model's export."""
 
     def export(source: Path, bundle: Path, **options: Any) -> Bundle:
-        from reelrt.export import schedules
+        from tests.models import few_steps
 
-        few = partial(schedules.compile_schedules, steps=[*range(1, 26), 100])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(schedules, "compile_schedules", few)
+            few_steps(patch, *range(1, 26), 100)
             return export_bundle(source, bundle, **options)
 
     return export

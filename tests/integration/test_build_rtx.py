@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from reelrt.engines.backends import installed
 from reelrt.engines.builder import build_engines
 from reelrt.engines.memory import Planner, Video, plan_of_engines
 from reelrt.jetson.targets import find
+from tests.commands import started
 from tests.graphs import tiny_bundle
 
 pytestmark = [
@@ -108,16 +108,10 @@ def test_fp16_is_what_a_gpu_gets_and_nothing_is_built_twice(bundles, sets):
 
 def test_another_gpu_rebuilds_and_the_progress_is_told_in_percent(tmp_path, caplog, monkeypatch):
     tiny, folder = tiny_bundle(tmp_path / "bundle"), tmp_path / "engines"
-    started, popen = [], subprocess.Popen
-
-    def start(*words, **options):
-        started.append(popen(*words, **options))
-        return started[-1]
-
     with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "Popen", start)
+        processes = started(patch)
         build_engines(tiny, folder, target="rtx3060", batch=1)
-    assert len(started) == 3, "a builder's gigabytes go with its process"
+    assert len(processes) == 3, "a builder's gigabytes go with its process"
     told: list[tuple[str, int, int]] = []
     with caplog.at_level(logging.INFO, "reelrt"):
         engines = build_engines(tiny, folder, target="rtx4060", batch=1, progress=lambda *e: told.append(e))

@@ -7,7 +7,6 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from reelrt.bundle.files import sha256
 from reelrt.bundle.manifest import Bundle
 from reelrt.cli import app
 from reelrt.errors import InputError, ModelError, ValidationError
-from reelrt.export import exporter, schedules
+from reelrt.export import exporter
 from reelrt.export.exporter import export_bundle
 from reelrt.export.operators import TRANSLATIONS
 from reelrt.export.schedules import SOLVERS
 from tests.commands import tree
-from tests.models import only
+from tests.models import few_steps, only
 
 pytestmark = [
     pytest.mark.timeout(600),  # the first test exports the model
@@ -45,14 +44,14 @@ def bundle(work: Path) -> Bundle:
     return Bundle.load(work / "bundle")
 
 
-few_schedules = partial(schedules.compile_schedules, steps=(1, 2, 3, 25))
+FEW = (1, 2, 3, 25)
 """All step counts would take longer than all else here."""
 
 
 @pytest.fixture
 def export(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bundle]:
     """`export_bundle` with a few step counts only."""
-    monkeypatch.setattr(schedules, "compile_schedules", few_schedules)
+    few_steps(monkeypatch, *FEW)
     return export_bundle
 
 
@@ -107,7 +106,7 @@ def again(bundle, model, tmp_path_factory):
     (copy / "README.md").write_text(card, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         only(patch, "text_encoder", "step")
-        patch.setattr(schedules, "compile_schedules", few_schedules)
+        few_steps(patch, *FEW)
         return json.loads(CliRunner().invoke(app, words).stdout), Bundle.load(target)
 
 

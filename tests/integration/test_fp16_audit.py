@@ -267,8 +267,8 @@ def test_ctrl_c_leaves_nothing(sick, trajectories, tmp_path):
 
 def test_the_command_writes_the_audit_and_inspect_shows_what_engines_run_in(work, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
-    options = ("--precision", "fp16", "--prompts", "prompts.txt", "--steps", "2", "--samples", "1", "--json")
-    options += ("--frames", "4")
+    few = ("--steps", "2", "--samples", "1", "--frames", "4")
+    options = ("--precision", "fp16", "--prompts", "prompts.txt", *few, "--json")
     done = run_reelrt("calibrate", str(work / "bundle"), "-o", "audited", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)["report"]

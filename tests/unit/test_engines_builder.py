@@ -23,6 +23,7 @@ from reelrt.engines.builder import build_engines
 from reelrt.engines.recipe import Job, changes
 from reelrt.engines.worker import Worker
 from reelrt.errors import BackendError, InputError, IntegrityError, RangeError
+from tests.commands import started
 from tests.graphs import GEOMETRY, run_step, tiny_bundle
 
 
@@ -285,16 +286,10 @@ def test_a_full_disk_is_named_as_such(bundle, tmp_path, file):
 
 
 def test_one_process_builds_all_that_onnx_runtime_builds(bundle, tmp_path, monkeypatch):
-    started, popen = [], subprocess.Popen
-
-    def start(*words, **options):
-        started.append(popen(*words, **options))
-        return started[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", start)
+    processes = started(monkeypatch)
     built = build_engines(bundle, tmp_path / "engines", backend="onnxruntime")
     assert len(built.engines) == 3
-    assert [process.poll() for process in started] == [0]
+    assert [process.poll() for process in processes] == [0]
 
 
 def test_a_crashed_builder_is_an_error_and_not_a_hang(bundle, tmp_path, monkeypatch):
