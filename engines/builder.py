@@ -20,7 +20,7 @@ from reelrt.bundle.files import atomic_folder, sha256, verify
 from reelrt.bundle.manifest import MANIFEST, WEIGHT_STREAMING, Bundle, Engine, EngineSet, Stage
 from reelrt.bundle.report import QUALITY
 from reelrt.bundle.spec import Profile
-from reelrt.engines import backends, memory, profiles, recipe
+from reelrt.engines import backends, memory, profiles, recipe, remedies
 from reelrt.engines.backends import Backend
 from reelrt.engines.gate import Passed, check_quality
 from reelrt.engines.worker import Worker
@@ -117,7 +117,7 @@ def build_engines(
     backends.check_graph_packages()
     if check_memory and library.name != "onnxruntime" and aim.memory_gib:
         video = memory.Video(width, height, count, batch, plan["step"].precision, source.pipeline.cfg)
-        memory.check_fits(memory.Planner(source, aim), video, weight_streaming)
+        remedies.check_fits(memory.Planner(source, aim), video, weight_streaming)
     with atomic_folder(output, EngineSet.kind) as folder, Worker() as worker:
         engines = {}
         for name, planned in plan.items():

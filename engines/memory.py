@@ -1,17 +1,16 @@
-"""The memory plan: what a set of engines needs on a board, whether it fits, and what would make it fit.
+"""The memory plan: what a set of engines needs on a board, and whether it fits.
 
 Made from the bundle's graphs before anything is built or loaded; from the builder's own numbers
-where there is an engine set. Each remedy is a plan of its own, with the peak it leads to. Knows boards
-and costs; opens no engine.
+where there is an engine set. Knows boards and costs; opens no engine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reelrt.bundle.manifest import Bundle, Engine, EngineSet
 from reelrt.bundle.schedule import Cfg
@@ -19,10 +18,9 @@ from reelrt.bundle.spec import DECODER_FRAMES, StageSpec
 from reelrt.engines import profiles
 from reelrt.engines.graph_cost import WORKSPACE_BYTES, Cost, SizedGraph, graph_cost, sized_graph
 from reelrt.engines.graph_shapes import load_graph
-from reelrt.errors import InputError, PlanError
+from reelrt.errors import InputError
 from reelrt.jetson.boards import GIB
 from reelrt.jetson.targets import Target
-from reelrt.wording import counted
 
 if TYPE_CHECKING:
     import onnx
@@ -34,9 +32,6 @@ POLICIES = {
 }
 CONTEXT_BYTES = 400 << 20
 """CUDA's context, kernels and the library's own: an estimate, to be measured on each board."""
-SHRINK = (0.75, 0.5, 0.25)
-"""Parts of the frames, and of width and height, that are tried as remedies."""
-TOGETHER = "all changes that keep the size"
 SYSTEM_BYTES = GIB
 """What the system takes of a GPU's memory that no board describes: an estimate."""
 
@@ -116,16 +111,6 @@ class Plan:
         return min(self.peaks, key=self.peaks.__getitem__)
 
 
-@dataclass(frozen=True, slots=True)
-class Remedy:
-    """A change and what it leads to: the peak of the first policy that fits, else of the smallest one."""
-
-    what: str
-    policy: str
-    peak_bytes: int
-    fits: bool
-
-
 class Planner:
     """Plans of one bundle for one target.
 
@@ -137,13 +122,13 @@ class Planner:
     """
 
     def __init__(self, bundle: Bundle, target: Target, engines: EngineSet | None = None) -> None:
-        self._bundle, self._target, self._engines = bundle, target, engines
+        self.bundle, self._target, self._engines = bundle, target, engines
         self._sized: dict[tuple[str, tuple[tuple[str, int], ...]], SizedGraph] = {}
 
     @cached_property
     def _graphs(self) -> dict[str, onnx.ModelProto]:
         return {
-            name: load_graph(self._bundle.folder / stage.file) for name, stage in self._bundle.stages.items()
+            name: load_graph(self.bundle.folder / stage.file) for name, stage in self.bundle.stages.items()
         }
 
     def plan(self, video: Video) -> Plan:
@@ -154,26 +139,24 @@ class Planner:
             BackendError: onnx is not installed, or a graph cannot be read.
         """
         sizes = self.sizes(video)
-        stages = {name: self._need(name, video, sizes[name]) for name in self._bundle.stages}
+        stages = {name: self._need(name, video, sizes[name]) for name in self.bundle.stages}
         return _plan(video, self._target, stages)
 
     def sizes(self, video: Video) -> dict[str, dict[str, int]]:
         """Stage to the largest size of each of its named axes."""
-        geometry = self._bundle.pipeline.geometry
+        geometry = self.bundle.pipeline.geometry
         profiles.check_size(geometry, (video.width, video.height), video.frames)
         ranges = profiles.profiles(geometry, video.width, video.height, video.frames, video.batch)
-        sizes = {
-            name: {axis: each.max for axis, each in ranges[name].items()} for name in self._bundle.stages
-        }
+        sizes = {name: {axis: each.max for axis, each in ranges[name].items()} for name in self.bundle.stages}
         if "vae_decoder" in sizes:
             sizes["vae_decoder"]["frames"] = min(video.decoder_frames, video.frames)
         return sizes
 
     def _need(self, name: str, video: Video, sizes: dict[str, int]) -> StageNeed:
         precision = precision_of(name, video.precision)
-        stage, cost = self._bundle.stages[name], self.cost(name, precision, sizes)
+        stage, cost = self.bundle.stages[name], self.cost(name, precision, sizes)
         weights, activations = cost.weight_bytes, cost.activation_bytes
-        if name == "step" and video.cfg != self._bundle.pipeline.cfg:
+        if name == "step" and video.cfg != self.bundle.pipeline.cfg:
             assert video.cfg == "split"  # half of what the batched network runs on
             activations = (activations - 2 * WORKSPACE_BYTES) // 2 + 2 * WORKSPACE_BYTES
         engine = self._engine(name, video, sizes)
@@ -185,7 +168,7 @@ class Planner:
     def _engine(self, name: str, video: Video, sizes: Mapping[str, int]) -> Engine | None:
         """The built engine of a stage, if the builder told its activations for exactly this plan."""
         engine = self._engines.engines.get(name) if self._engines else None
-        if engine is None or not engine.activation_bytes or video.cfg != self._bundle.pipeline.cfg:
+        if engine is None or not engine.activation_bytes or video.cfg != self.bundle.pipeline.cfg:
             return None
         if self._engines is not None and not _built_for(self._engines, self._target):
             return None
@@ -196,80 +179,10 @@ class Planner:
 
     def cost(self, name: str, precision: str, sizes: Mapping[str, int]) -> Cost:
         """What one run of a stage costs; its graph is looked at once for each size."""
-        stage, key = self._bundle.stages[name], (name, tuple(sorted(sizes.items())))
+        stage, key = self.bundle.stages[name], (name, tuple(sorted(sizes.items())))
         if key not in self._sized:
             self._sized[key] = sized_graph(self._graphs[name], stage.spec, sizes)
         return graph_cost(self._sized[key], precision, stage.precision)
-
-    def remedies(self, video: Video) -> list[Remedy]:
-        """What would make a video need less, each with the peak it leads to.
-
-        Single changes first; when none of them is enough, all of those that keep the size together, and if
-        need be a smaller picture on top.
-        """
-        found: list[Remedy] = []
-        everything = video
-        for what, changes in self._changes(video):
-            found.append(self._remedy(what, replace(video, **changes)))
-            everything = replace(everything, **changes)
-        found += self._first_fitting("", video, self._shorter(video))
-        found += self._first_fitting("", video, self._smaller(video))
-        if any(each.fits for each in found):
-            return found
-        if everything != video:
-            found.append(self._remedy(f"{TOGETHER}, at the same size", everything))
-        if not found or not found[-1].fits:
-            found += self._first_fitting(f"{TOGETHER}, and ", everything, self._smaller(video))
-        return found
-
-    def _first_fitting(
-        self, prefix: str, video: Video, changes: Iterator[tuple[str, dict[str, Any]]]
-    ) -> list[Remedy]:
-        """The first of ever larger changes that fits, else the last."""
-        remedy = None
-        for what, change in changes:
-            remedy = self._remedy(prefix + what, replace(video, **change))
-            if remedy.fits:
-                break
-        return [remedy] if remedy else []
-
-    def _remedy(self, what: str, video: Video) -> Remedy:
-        plan = self.plan(video)
-        policy = next((name for name, fits in plan.fits.items() if fits), plan.smallest)
-        return Remedy(what, policy, plan.peaks[policy], plan.fits[policy])
-
-    def _changes(self, video: Video) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Changes that keep the video's size and length."""
-        if video.batch > 1:
-            yield "--batch 1", {"batch": 1}
-        if video.cfg == "batched":
-            yield "a bundle exported with --cfg split", {"cfg": "split"}
-        stored = {stage.precision for stage in self._bundle.stages.values()}
-        if video.precision == "fp32":
-            yield "--precision fp16", {"precision": "fp16"}
-        if not video.precision.startswith("int8") and stored <= {"fp32", "fp16"}:
-            yield "INT8 weights (--precision int8-weights)", {"precision": "int8-weights"}
-        if min(video.decoder_frames, video.frames) > 1:
-            yield "one frame per call of the decoder", {"decoder_frames": 1}
-
-    def _shorter(self, video: Video) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Fewer frames."""
-        for factor in SHRINK:
-            frames = max(int(video.frames * factor), profiles.SMALLEST_CELLS)
-            if frames < video.frames:
-                yield f"--frames {frames}", {"frames": frames}
-
-    def _smaller(self, video: Video) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Smaller pictures."""
-        geometry = self._bundle.pipeline.geometry
-        for factor in SHRINK:
-            unit = geometry.size_multiple
-            least = max(unit, profiles.SMALLEST_CELLS * geometry.spatial_scale)
-            width, height = (
-                max(int(side * factor) // unit * unit, least) for side in (video.width, video.height)
-            )
-            if (width, height) != (video.width, video.height):
-                yield f"--size {width}x{height}", {"width": width, "height": height}
 
 
 def plan_of_engines(engines: EngineSet, target: Target) -> Plan:
@@ -340,48 +253,6 @@ def available(target: Target) -> int:
             "Name a board: rtx3060-laptop-6gb or orin-nx-16gb, say.",
         )
     return int(target.memory_gib * GIB) - SYSTEM_BYTES
-
-
-def check_fits(planner: Planner, video: Video, weight_streaming: bool = True) -> Plan:
-    """The plan for a video, if it fits under some policy.
-
-    Args:
-        planner: Of the bundle and the target.
-        video: What is planned.
-        weight_streaming: Whether the step engine is built so that its weights can be streamed.
-
-    Raises:
-        PlanError: It does not; the remedies, each with its peak, are in the message.
-    """
-    plan = planner.plan(video)
-    if not weight_streaming and [policy for policy, fits in plan.fits.items() if fits] == ["streamed"]:
-        raise PlanError(
-            f"the engines fit {plan.target.name} only with the step's weights streamed from the host: "
-            f"{_gib(plan.peaks['streamed'])}, where {_gib(plan.peaks['staged'])} are needed without and "
-            f"{_gib(plan.available_bytes)} are left.",
-            "Build them with --weight-streaming, or see `reelrt plan` for what else fits.",
-        )
-    if not any(plan.fits.values()):
-        raise does_not_fit(plan, planner.remedies(video))
-    return plan
-
-
-def does_not_fit(plan: Plan, remedies: Sequence[Remedy]) -> PlanError:
-    """The error that says so, with the remedies that help."""
-    video, least = plan.video, plan.peaks[plan.smallest]
-    frames = counted(video.frames, "frame")
-    what = f"{video.batch} x {frames} of {video.width}x{video.height} in {video.precision}"
-    helping = [each for each in remedies if each.fits] or remedies
-    offers = "; ".join(f"{each.what} ({_gib(each.peak_bytes)}, {each.policy})" for each in helping)
-    kind = "What fits" if helping and helping[0].fits else "Nothing tried fits; closest"
-    return PlanError(
-        f"{what} needs {_gib(least)} at least, and {plan.target.name} leaves {_gib(plan.available_bytes)}.",
-        f"{kind}: {offers}." if offers else "",
-    )
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"
 
 
 def _boundary(spec: StageSpec, precision: str, sizes: Mapping[str, int]) -> int:

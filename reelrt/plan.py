@@ -16,7 +16,8 @@ from reelrt.wording import counted
 
 if TYPE_CHECKING:
     from reelrt.bundle.manifest import Bundle, EngineSet
-    from reelrt.engines.memory import Plan, Planner, Remedy
+    from reelrt.engines.memory import Plan, Planner
+    from reelrt.engines.remedies import Remedy
     from reelrt.jetson.boards import Board
     from reelrt.jetson.targets import Target
 
@@ -60,6 +61,7 @@ def plan(
     """Say whether a video fits a device, what would make it fit, and the least time it can take there."""
     from reelrt.bundle.manifest import Bundle, EngineSet, check_either, kind_of
     from reelrt.engines.memory import Planner, Video, plan_of_engines
+    from reelrt.engines.remedies import find_remedies
     from reelrt.runtime.request import check_guidance
 
     wanted = parse_size(size)
@@ -101,7 +103,7 @@ def plan(
     schedule = source.schedules.get(source.pipeline.solver, STEPS if steps is None else steps)
     planner = Planner(source, aim, built)
     made = planner.plan(video)
-    remedies = [] if made.fits["all"] else planner.remedies(video)
+    remedies = [] if made.fits["all"] else find_remedies(planner, video)
     document = _document(made, remedies)
     if aim.board:
         launches = schedule.rows(scale, video.cfg)
@@ -149,7 +151,8 @@ def _precision(bundle: Bundle, target: Target) -> str:
 
 def _document(plan: Plan, remedies: Sequence[Remedy] = ()) -> dict[str, Any]:
     """A plan as `--json` prints it."""
-    from reelrt.engines.memory import POLICIES, does_not_fit
+    from reelrt.engines.memory import POLICIES
+    from reelrt.engines.remedies import does_not_fit
 
     target, board = plan.target, plan.target.board
     stages = {

@@ -19,9 +19,9 @@ from reelrt.engines.memory import (
     Planner,
     Video,
     available,
-    check_fits,
     plan_of_engines,
 )
+from reelrt.engines.remedies import check_fits, find_remedies
 from reelrt.engines.roofline import bounds, peak_flops
 from reelrt.errors import InputError, PlanError, RangeError
 from reelrt.jetson.boards import boards
@@ -82,7 +82,7 @@ def test_two_videos_need_more_than_one(planner: Planner) -> None:
 
 
 def test_remedies_are_plans_of_their_own(planner: Planner) -> None:
-    found = {each.what: each for each in planner.remedies(HUGE)}
+    found = {each.what: each for each in find_remedies(planner, HUGE)}
     one = planner.plan(replace(HUGE, batch=1))
     assert found["--batch 1"].peak_bytes == one.peaks[found["--batch 1"].policy]
     assert any(each.fits for each in found.values())
@@ -107,7 +107,7 @@ def test_what_fits_only_with_streamed_weights_asks_for_them(planner: Planner) ->
         def plan(self, video: Video) -> Plan:
             return tight
 
-    tighter = Tight(planner._bundle, tight.target)
+    tighter = Tight(planner.bundle, tight.target)
     with pytest.raises(PlanError, match=r"only with the step's weights streamed .*--weight-streaming"):
         check_fits(tighter, VIDEO, weight_streaming=False)
     assert check_fits(tighter, VIDEO, weight_streaming=True) is tight
